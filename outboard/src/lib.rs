@@ -1,0 +1,1 @@
+//! The outboard process.
