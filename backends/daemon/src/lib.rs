@@ -1,1 +1,75 @@
-//! placeholder
+//! LIFE: how every process of ours starts, serves and ends.
+//!
+//! # Theory of operation
+//!
+//! [`main`] is the whole `main` of a program. It parses the arguments, and if the process is not yet in namespaces of its own,
+//! starts itself again inside of them and stays behind as a small waiting parent ([`parent`]). In the namespaces it
+//! calls the program with a [`Startup`]. The order is in the types:
+//!
+//! ```text
+//! Startup   paths can be opened, nothing is served          startup.confine(&POLICY)
+//! Confined  no paths, no new sockets; threads can start     confined.spawn(..), then confined.serve(..) or .run(..)
+//! (filter)  the first byte of a peer is read
+//! ```
+//!
+//! There is no way from a `Startup` to serving but through `Confined`. An error is a sentence, printed once, here, as a chain. Log
+//! lines go to standard error; those that a guest or a peer can cause at will (target `guest`) are limited in their rate.
+//!
+//! Exit status: 0 done, 1 failed, 2 wrong usage. The VMM has more of its own.
+
+mod args;
+mod endpoint;
+mod logging;
+mod parent;
+mod startup;
+
+pub use args::{Arguments, Base, Capabilities, LogFormat, LogLevel, Socket};
+pub use startup::{Confined, Startup, main};
+
+/// System calls that every thread of ours needs, with the reason.
+pub mod rules {
+    use sandbox::{Rule, When, allow, allow_if};
+
+    /// Memory that is neither executable nor made so.
+    const NOT_EXECUTABLE: &[When] = &[When::HasNone(2, libc::PROT_EXEC as u64)];
+
+    /// What the Rust runtime does by itself in any thread.
+    pub const RUNTIME: &[Rule] = &[
+        allow(libc::SYS_futex, "locks, channels and the end of threads"),
+        allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "the allocator's large blocks; guest memory in the control thread"),
+        allow(libc::SYS_munmap, "the allocator; guest memory that is given up"),
+        allow(libc::SYS_mremap, "the allocator grows a large block"),
+        allow(libc::SYS_brk, "the allocator's heap"),
+        allow(libc::SYS_madvise, "the allocator gives pages back"),
+        allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "the allocator's arenas of threads"),
+        allow(libc::SYS_write, "log lines and event descriptors"),
+        allow(libc::SYS_read, "event and signal descriptors"),
+        allow(libc::SYS_close, "descriptors that a peer has sent"),
+        allow(libc::SYS_poll, "waiting"),
+        allow(libc::SYS_ppoll, "waiting with a limit of time"),
+        allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
+        allow(libc::SYS_exit_group, "the end of the process"),
+    ];
+
+    /// What the control thread of a device process does besides: the vhost-user protocol.
+    pub const PROTOCOL: &[Rule] = &[
+        allow(libc::SYS_recvmsg, "requests of the frontend, with their descriptors"),
+        allow(libc::SYS_sendmsg, "answers"),
+        allow(libc::SYS_fstat, "looking at files before they are mapped, and at event descriptors"),
+        allow_if(libc::SYS_fcntl, &[When::Is(1, GET_SEALS)], "looking for the seal that keeps memory from shrinking"),
+        allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_GETFL as u32)], "event descriptors must not block"),
+        allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_SETFL as u32)], "event descriptors must not block"),
+        allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)], "handing out the in-flight log"),
+        allow(libc::SYS_fallocate, "emptying the in-flight log"),
+        allow(libc::SYS_accept4, "the next frontend, where the process listens"),
+    ];
+
+    const GET_SEALS: u32 = libc::F_GET_SEALS as u32;
+
+    /// What only the end of a thread needs.
+    pub const THREAD_END: &[Rule] = &[
+        allow(libc::SYS_exit, "the end of a thread"),
+        allow(libc::SYS_rt_sigprocmask, "the C library blocks signals while a thread ends"),
+        allow(libc::SYS_sigaltstack, "Rust takes the thread's signal stack away"),
+    ];
+}

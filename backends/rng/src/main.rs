@@ -1,2 +1,18 @@
-//! The program.
-fn main() {}
+//! `outboard-rng`: a vhost-user server for virtio-rng.
+
+use std::process::ExitCode;
+
+use rng::args::{Args, Config};
+use rng::device::Rng;
+use rng::sandbox::POLICY;
+use vhost_user::Backend;
+
+fn main() -> ExitCode {
+    daemon::main(|startup: daemon::Startup<Args>| {
+        let config = Config::from(startup.args());
+        let trust = startup.args().memory.trust();
+        let confined = startup.confine(&POLICY)?;
+        let mut backend = Backend::new(Rng::new(&config, &confined)?, trust)?;
+        confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))
+    })
+}

@@ -19,6 +19,7 @@
 //! other: a message has a deadline, a size limit and a limit of descriptors; what was not asked for is closed; a ring that runs
 //! cannot be reconfigured; memory is mapped only after its size and its seals have been looked at.
 
+pub mod args;
 pub mod backend;
 pub mod features;
 pub mod frontend;

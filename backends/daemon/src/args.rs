@@ -1,0 +1,106 @@
+//! The arguments that all programs share, in the words of QEMU's "backend program conventions".
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use sandbox::Floor;
+use tracing::Level;
+
+/// How much is written to the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// Only what ends the process.
+    Error,
+    /// What a person should look at.
+    #[default]
+    Warn,
+    /// Connections and their ends.
+    Info,
+    /// Every request of the frontend.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    pub(crate) fn level(self) -> Level {
+        match self {
+            LogLevel::Error => Level::ERROR,
+            LogLevel::Warn => Level::WARN,
+            LogLevel::Info => Level::INFO,
+            LogLevel::Debug => Level::DEBUG,
+            LogLevel::Trace => Level::TRACE,
+        }
+    }
+}
+
+/// In which form the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Arguments of every program.
+#[derive(Args, Clone, Debug)]
+pub struct Base {
+    /// How much to log
+    #[arg(long, value_enum, default_value_t, value_name = "LEVEL")]
+    pub log_level: LogLevel,
+    /// Log lines for people, or one JSON object a line for machines
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub log_format: LogFormat,
+    /// The oldest kernel whose sandbox is accepted: linux-6.12, linux-6.1 or linux-5.15. Without it an older kernel is an error
+    #[arg(long, default_value_t, value_name = "KERNEL")]
+    pub sandbox_floor: Floor,
+    /// The process is in its namespaces already
+    #[arg(long, hide = true)]
+    pub namespaced: bool,
+}
+
+/// Arguments of every program that serves a vhost-user socket.
+#[derive(Args, Clone, Debug)]
+#[group(required = true, multiple = false, id = "endpoint")]
+pub struct Socket {
+    /// Listen on this unix socket, and again when a frontend has gone
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+    /// Serve this inherited socket: a connected one until it ends, a listening one like --socket-path
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub fd: Option<RawFd>,
+    /// Print what this program can do, as JSON, and end
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// What `--print-capabilities` says.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// The kind of device, in the words of the conventions.
+    pub kind: &'static str,
+    /// Optional flags of the program.
+    pub features: &'static [&'static str],
+}
+
+/// A program's arguments.
+pub trait Arguments: clap::Parser {
+    /// What `--print-capabilities` says, for programs that serve a socket.
+    const CAPABILITIES: Option<Capabilities> = None;
+
+    /// The shared ones.
+    fn base(&self) -> &Base;
+
+    /// Those about the socket, if the program serves one.
+    fn socket(&self) -> Option<&Socket> {
+        None
+    }
+
+    /// Descriptors that arguments name, besides the socket's.
+    fn inherited(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,75 @@
+//! Where frontends come from.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::FileType;
+use rustix::net::sockopt;
+
+use crate::args::Socket;
+
+/// A socket that is connected, or one on which connections come in.
+#[derive(Debug)]
+pub(crate) enum Endpoint {
+    Connected(UnixStream),
+    Listening(UnixListener),
+}
+
+impl Endpoint {
+    pub(crate) fn open(socket: &Socket) -> Result<Endpoint> {
+        match (&socket.socket_path, socket.fd) {
+            (Some(path), _) => listen(path),
+            (None, Some(fd)) => {
+                let socket = sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} of --fd is not open"))?;
+                from_fd(socket).with_context(|| format!("Cannot use descriptor {fd} of --fd"))
+            }
+            (None, None) => bail!("Neither --socket-path nor --fd is given"),
+        }
+    }
+}
+
+impl AsFd for Endpoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Endpoint::Connected(stream) => stream.as_fd(),
+            Endpoint::Listening(listener) => listener.as_fd(),
+        }
+    }
+}
+
+fn from_fd(fd: OwnedFd) -> Result<Endpoint> {
+    let stat = rustix::fs::fstat(&fd).map_err(io::Error::from)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+        bail!("it is no socket");
+    }
+    let listening = sockopt::socket_acceptconn(&fd).map_err(io::Error::from)?;
+    Ok(if listening { Endpoint::Listening(fd.into()) } else { Endpoint::Connected(fd.into()) })
+}
+
+fn listen(path: &Path) -> Result<Endpoint> {
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            remove_stale(path)?;
+            UnixListener::bind(path)
+        }
+        other => other,
+    };
+    listener.map(Endpoint::Listening).with_context(|| format!("Cannot listen on {}", path.display()))
+}
+
+/// Removes a socket that a process has left behind, and nothing else.
+fn remove_stale(path: &Path) -> Result<()> {
+    let what = || format!("Cannot listen on {}", path.display());
+    let file = path.symlink_metadata().with_context(what)?;
+    if !file.file_type().is_socket() {
+        bail!("{}: there is a file that is no socket", what());
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path).with_context(what),
+        _ => bail!("{}: another process listens there", what()),
+    }
+}

@@ -1,0 +1,101 @@
+//! The waiting parent of a process that was started by hand.
+//!
+//! A process cannot move itself into a new PID namespace; only its child is born there. So a program that was not started by the
+//! composer starts itself again inside its namespaces, and this parent passes signals on, waits, ends as its child ended, and
+//! removes the socket's file, which the confined child cannot. It gives up all it does not need for that. Its death is the
+//! child's.
+
+use std::env;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use caps::CapSet;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_dumpable_behavior, waitid};
+use sandbox::{Filter, Rule, Spawn, allow, signal_fd, spawn};
+
+/// Signals that are passed on.
+const FORWARDED: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH];
+
+/// Bytes of one signal as a signal descriptor tells it; the number comes first.
+const SIGNAL_INFO: usize = 128;
+
+const RULES: &[Rule] = &[
+    allow(libc::SYS_poll, "waiting for the child and for signals"),
+    allow(libc::SYS_ppoll, "waiting for the child and for signals"),
+    allow(libc::SYS_read, "which signal it was"),
+    allow(libc::SYS_pidfd_send_signal, "passing it on"),
+    allow(libc::SYS_waitid, "how the child ended"),
+    allow(libc::SYS_unlink, "the file of the child's socket"),
+    allow(libc::SYS_munmap, "the C library frees memory at the end"),
+    allow(libc::SYS_sigaltstack, "Rust takes its signal stack away at the end"),
+    allow(libc::SYS_write, "an error"),
+    allow(libc::SYS_exit_group, "the end"),
+    allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
+];
+
+/// Runs this program again in its own namespaces, with the descriptors in `keep`, and gives its exit status.
+pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
+    let program = env::current_exe().context("Cannot find this program's own file")?;
+    let inherited: Vec<_> = keep.iter().filter_map(|fd| Some((sandbox::inherited(*fd)?, *fd))).collect();
+    let signals = signal_fd(&FORWARDED).context("Cannot block signals")?;
+    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    let child = spawn(&Spawn {
+        program: &program,
+        args: env::args_os().skip(1).collect(),
+        fds: inherited.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect(),
+        stdin: Some(stdin.as_fd()),
+        stdout: Some(stdout.as_fd()),
+        stderr: Some(stderr.as_fd()),
+        net: None,
+    })?;
+    // The child has them; a copy here would keep a connection open after its death.
+    drop(inherited);
+    give_up()?;
+    let status = wait(child.pid, child.pidfd.as_fd(), signals.as_fd())?;
+    if let Some(path) = socket {
+        let _already_gone = rustix::fs::unlink(path);
+    }
+    Ok(status)
+}
+
+fn give_up() -> Result<()> {
+    for set in [CapSet::Ambient, CapSet::Bounding, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        // An ordinary user may not touch the bounding set, and with no new privileges it means nothing.
+        let _bounding_of_a_user = caps::clear(None, set);
+    }
+    rustix::thread::set_no_new_privs(true).context("Cannot give up new privileges")?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("Cannot refuse to be traced")?;
+    Ok(Filter::new(&[RULES])?.install()?)
+}
+
+fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>) -> Result<u8> {
+    loop {
+        let mut fds = [PollFd::from_borrowed_fd(child, PollFlags::IN), PollFd::from_borrowed_fd(signals, PollFlags::IN)];
+        // An interrupted wait leaves the results empty.
+        let _interrupted = poll(&mut fds, None);
+        let [ended, signalled] = fds.map(|fd| !fd.revents().is_empty());
+        if signalled && let Some(signal) = next_signal(signals) {
+            let _already_gone = pidfd_send_signal(child, signal);
+        }
+        if ended {
+            return Ok(status(pid));
+        }
+    }
+}
+
+fn next_signal(signals: BorrowedFd<'_>) -> Option<Signal> {
+    let mut info = [0; SIGNAL_INFO];
+    rustix::io::read(signals, &mut info).ok()?;
+    let number = info.first_chunk::<4>().map(|bytes| i32::from_ne_bytes(*bytes))?;
+    Signal::from_named_raw(number)
+}
+
+/// As a shell tells it: the status, or 128 and the signal.
+fn status(pid: i32) -> u8 {
+    let Some(pid) = Pid::from_raw(pid) else { return 1 };
+    let Ok(Some(ended)) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED) else { return 1 };
+    let code = ended.exit_status().or_else(|| ended.terminating_signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}

@@ -1,0 +1,221 @@
+//! The order of a program's life, as types.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::ExitCode;
+use std::sync::mpsc::channel;
+use std::{fs, panic, process, thread};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::error::ErrorKind;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sandbox::{Filter, Policy, close_all_but, confine, signal_fd};
+use tracing::{debug, info, warn};
+
+use crate::args::{Arguments, LogFormat};
+use crate::endpoint::Endpoint;
+use crate::{logging, parent};
+
+const FAILED: u8 = 1;
+const WRONG_USAGE: u8 = 2;
+
+/// Stack of a thread. Its frames are small and it calls nothing deep.
+const STACK: usize = 256 * 1024;
+
+/// The `main` of a program: everything that is the same in all of them. `run` gives the exit status.
+pub fn main<A: Arguments>(run: impl FnOnce(Startup<A>) -> Result<u8>) -> ExitCode {
+    let args = match parse::<A>() {
+        Ok(args) => args,
+        Err(status) => return status.into(),
+    };
+    let format = args.base().log_format;
+    let ran = begin(args, run);
+    ran.unwrap_or_else(|error| {
+        report(&error, format);
+        FAILED
+    })
+    .into()
+}
+
+fn parse<A: Arguments>() -> std::result::Result<A, u8> {
+    // Asking for the capabilities needs no other argument.
+    if let Some(capabilities) = A::CAPABILITIES.filter(|_| std::env::args_os().any(|arg| arg == "--print-capabilities")) {
+        println!("{}", serde_json::json!({"type": capabilities.kind, "features": capabilities.features}));
+        return Err(0);
+    }
+    A::try_parse().map_err(|error| {
+        let _nobody_reads = error.print();
+        match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,
+            _ => WRONG_USAGE,
+        }
+    })
+}
+
+fn begin<A: Arguments>(args: A, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
+    let mut inherited = args.inherited();
+    inherited.extend(args.socket().and_then(|socket| socket.fd));
+    if !args.base().namespaced {
+        let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
+        return parent::run(&inherited, socket);
+    }
+    must_be_namespaced()?;
+    die_of_panics();
+    close_all_but(&inherited).context("Cannot close inherited descriptors")?;
+    logging::start(args.base());
+    run(Startup { args })
+}
+
+/// A panic in one thread would leave a ring that nobody serves; the process's end is noticed and mended.
+fn die_of_panics() {
+    let print = panic::take_hook();
+    panic::set_hook(Box::new(move |what| {
+        print(what);
+        process::abort();
+    }));
+}
+
+/// The flag is believed only where it is true: the next steps would take the host's own file systems apart.
+fn must_be_namespaced() -> Result<()> {
+    let map = fs::read_to_string("/proc/self/uid_map").context("Cannot read this process's user map")?;
+    let one_user = map.split_whitespace().nth(2) == Some("1") && map.lines().count() == 1;
+    if process::id() != 1 || !one_user {
+        bail!("--namespaced is for processes that outboard starts; leave it out");
+    }
+    Ok(())
+}
+
+fn report(error: &anyhow::Error, format: LogFormat) {
+    let program = std::env::args_os().next().unwrap_or_default();
+    let program = std::path::Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    match format {
+        LogFormat::Text => eprintln!("{program}: {chain}"),
+        LogFormat::Json => eprintln!("{}", serde_json::json!({"level": "ERROR", "program": program, "message": chain})),
+    }
+}
+
+/// The first part of a program's life: it may open what its arguments name.
+#[derive(Debug)]
+pub struct Startup<A> {
+    args: A,
+}
+
+impl<A: Arguments> Startup<A> {
+    /// The arguments.
+    pub fn args(&self) -> &A {
+        &self.args
+    }
+
+    /// Takes a descriptor over that an argument named. Each can be taken once.
+    ///
+    /// # Errors
+    /// When nothing is open under that number.
+    pub fn inherited(&self, fd: RawFd) -> Result<OwnedFd> {
+        sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} is not open"))
+    }
+
+    /// Gives up everything that is not open. The socket, if the arguments name one, is opened before.
+    ///
+    /// # Errors
+    /// When the socket cannot be had, or the process cannot be confined.
+    pub fn confine(self, policy: &'static Policy) -> Result<Confined> {
+        let endpoint = self.args.socket().map(Endpoint::open).transpose()?;
+        let control = Filter::new(policy.control)?;
+        // Blocked before there are threads, so that they inherit it.
+        let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP]).context("Cannot block signals")?;
+        let kernel =
+            confine(&policy.limits, self.args.base().sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
+        debug!(landlock = kernel.landlock, mdwe = kernel.refuses_executable_memory, "confined");
+        Ok(Confined { policy, endpoint, control, stop })
+    }
+}
+
+/// The second part: no paths, no new rights. Threads may start.
+#[derive(Debug)]
+pub struct Confined {
+    policy: &'static Policy,
+    endpoint: Option<Endpoint>,
+    control: Filter,
+    stop: OwnedFd,
+}
+
+impl Confined {
+    /// Starts a thread that runs `body` under the filter that the policy has for threads called `role`.
+    ///
+    /// # Errors
+    /// When it does not start, or its filter cannot be installed.
+    pub fn spawn(&self, role: &str, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let filter = Filter::new(self.policy.thread(role)?)?;
+        let (tell, told) = channel();
+        let confined_body = move || {
+            let installed = filter.install();
+            let ok = installed.is_ok();
+            let _nobody_waits = tell.send(installed);
+            if ok {
+                body();
+            }
+        };
+        let builder = thread::Builder::new().name(name).stack_size(STACK);
+        builder.spawn(confined_body).context("Cannot start a thread")?;
+        Ok(told.recv().context("A thread ended at its start")??)
+    }
+
+    /// Installs the control thread's filter and runs `body`, which is given a descriptor that becomes readable when the process
+    /// is asked to end.
+    ///
+    /// # Errors
+    /// What `body` returns.
+    pub fn run<T>(self, body: impl FnOnce(BorrowedFd<'_>) -> Result<T>) -> Result<T> {
+        self.control.install()?;
+        body(self.stop.as_fd())
+    }
+
+    /// Serves frontends: the connected one until it ends, or one after the other where the process listens. `each` serves
+    /// one until it goes or the descriptor it is given becomes readable.
+    ///
+    /// # Errors
+    /// What ended a connected frontend's service. Where the process listens, that is a log line, and it goes on.
+    pub fn serve(self, mut each: impl FnMut(UnixStream, BorrowedFd<'_>) -> Result<()>) -> Result<u8> {
+        let Confined { endpoint, control, stop, .. } = self;
+        let endpoint = endpoint.context("There is no socket to serve")?;
+        control.install()?;
+        match endpoint {
+            Endpoint::Connected(stream) => each(stream, stop.as_fd())?,
+            Endpoint::Listening(listener) => {
+                while let Some(stream) = next_frontend(&listener, stop.as_fd())? {
+                    info!("a frontend has come");
+                    if let Err(error) = each(stream, stop.as_fd()) {
+                        let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+                        warn!(target: "guest", "The frontend's connection ended: {chain}");
+                    }
+                }
+            }
+        }
+        Ok(0)
+    }
+}
+
+/// The next connection; `None` when the process is to end.
+fn next_frontend(listener: &UnixListener, stop: BorrowedFd<'_>) -> Result<Option<UnixStream>> {
+    loop {
+        let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+        // An interrupted wait leaves the results empty.
+        let _interrupted = poll(&mut fds, None);
+        let [stopped, ready] = fds.map(|fd| !fd.revents().is_empty());
+        if stopped {
+            return Ok(None);
+        }
+        if !ready {
+            continue;
+        }
+        match listener.accept() {
+            Ok((stream, _)) => return Ok(Some(stream)),
+            // Too many open files, or gone before it was accepted: not at once again.
+            Err(error) => {
+                warn!(target: "guest", "Cannot accept a frontend: {error}");
+                let _interrupted = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 100_000_000 }));
+            }
+        }
+    }
+}

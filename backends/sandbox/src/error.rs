@@ -1,0 +1,66 @@
+//! Why a process cannot be confined, and what its user can do about it.
+
+use std::io;
+
+use rustix::io::Errno;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// One step of the sequence failed.
+    #[error("Cannot {step}")]
+    Step {
+        /// What was to be done.
+        step: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A namespace could not be had.
+    #[error("Cannot create user namespaces; this host restricts them ({hint})")]
+    UserNamespaces {
+        /// Where to look.
+        hint: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel is older than the floor.
+    #[error(
+        "This kernel lacks {missing}, which the sandbox needs; use a newer kernel, or accept less with --sandbox-floor {lower}"
+    )]
+    Floor {
+        /// What is missing.
+        missing: String,
+        /// The floor this kernel reaches.
+        lower: String,
+    },
+    /// Not even the lowest floor.
+    #[error("This kernel lacks {0}, without which there is no sandbox")]
+    TooOld(String),
+    /// Landlock refused.
+    #[error("Cannot enter the Landlock domain")]
+    Landlock(#[source] landlock::RulesetError),
+    /// A capability could not be given up.
+    #[error("Cannot give up capabilities")]
+    Capabilities(#[source] caps::errors::CapsError),
+    /// A filter could not be made or installed.
+    #[error("Cannot install the system call filter")]
+    Filter(#[source] seccompiler::Error),
+    /// A filter's rules are wrong.
+    #[error("The system call filter is wrong")]
+    Rules(#[source] seccompiler::BackendError),
+    /// A mistake in a program's policy.
+    #[error("The policy has no thread {0}")]
+    NoSuchThread(String),
+    /// An argument that cannot be passed on.
+    #[error("An argument has a zero byte in it")]
+    Argument,
+}
+
+impl Error {
+    pub(crate) fn step(step: &'static str) -> impl FnOnce(Errno) -> Error {
+        move |errno| Error::Step { step, source: errno.into() }
+    }
+}

@@ -1,0 +1,19 @@
+//! Arguments about the frontend that every device process has.
+
+use clap::Args;
+use virtio::memory::Trust;
+
+/// What is accepted as guest memory.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct MemoryArgs {
+    /// Accept guest memory that its owner could shorten, as of cloud-hypervisor and user-mode Linux. It can end this process so
+    #[arg(long)]
+    pub allow_unsealed_memory: bool,
+}
+
+impl MemoryArgs {
+    /// As the backend wants it said.
+    pub fn trust(self) -> Trust {
+        if self.allow_unsealed_memory { Trust::Unsealed } else { Trust::Sealed }
+    }
+}

@@ -1,0 +1,25 @@
+//! Counters: they cost one relaxed addition where something is counted, and nothing else.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that only grows, until the process ends.
+#[derive(Debug)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Zero.
+    #[expect(clippy::new_without_default, reason = "counters are statics, which need a const function")]
+    pub const fn new() -> Counter {
+        Counter(AtomicU64::new(0))
+    }
+
+    /// Adds.
+    pub fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// What it is now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,333 @@
+//! A thread that serves queues, and the hand-over of queues to it.
+//!
+//! A device has one or more workers, each a thread that was started before the process gave up the right to start threads.
+//! The control thread keeps a [`Worker`], the thread runs [`run`] with the other end, the [`Mailbox`]. Queues travel through it by
+//! value; the bell, an event descriptor, wakes the thread.
+//!
+//! The loop waits in one `poll` for the bell, the kicks of its queues, and at most [`SOURCES`] descriptors of the device's own. After
+//! a kick it serves that queue until it is empty or [`BUDGET`] descriptors are used up; then it looks at everything else before
+//! it comes back to the rest, so a guest that fills its ring faster than it is served can keep neither its neighbours
+//! nor a stop waiting.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+
+use crate::chain::Chain;
+use crate::queue::{Queue, QueueState};
+
+/// Descriptors that one kick is worth. Enough for a full ring of requests of usual size; a hostile chain as long as its ring
+/// uses it up alone.
+pub const BUDGET: u32 = 1024;
+
+/// Most queues of one worker (a console has the most: two ports' worth).
+pub const QUEUES: usize = 4;
+
+/// Most descriptors that a device waits for besides its queues.
+pub const SOURCES: usize = 2;
+
+/// Bell, sources, queues.
+const WAITING: usize = 1 + SOURCES + QUEUES;
+
+/// How long a stop waits for what is in flight. A disk that does not answer for so long does not answer.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a worker waits for besides its queues.
+pub type Source<'a> = (BorrowedFd<'a>, PollFlags);
+
+/// What a device does with its queues.
+pub trait Serve: Send {
+    /// There may be something in queue `index`. `true`: there is more, come back soon.
+    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool;
+
+    /// What to wait for besides the queues.
+    fn sources(&self, _slots: &Slots) -> [Option<Source<'_>>; SOURCES] {
+        [None; SOURCES]
+    }
+
+    /// Source `which` is ready.
+    fn ready(&mut self, _which: usize, _events: PollFlags, _slots: &mut Slots) {}
+
+    /// How long to wait at most. After it every queue counts as kicked.
+    fn timeout(&self, _slots: &Slots) -> Option<Duration> {
+        None
+    }
+
+    /// Queue `index` is about to be given back: finish what is in flight.
+    fn stopping(&mut self, _index: u16, _slots: &mut Slots) {}
+}
+
+enum Command {
+    Start(Box<Queue>),
+    Stop(u16, Sender<Option<QueueState>>),
+}
+
+/// The control thread's end.
+#[derive(Debug)]
+pub struct Worker {
+    commands: Sender<Command>,
+    bell: OwnedFd,
+}
+
+/// The thread's end.
+#[derive(Debug)]
+pub struct Mailbox {
+    commands: Receiver<Command>,
+    bell: OwnedFd,
+}
+
+impl Worker {
+    /// Both ends.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new() -> io::Result<(Worker, Mailbox)> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let (sender, receiver) = channel();
+        let mailbox = Mailbox { commands: receiver, bell: bell.try_clone()? };
+        Ok((Worker { commands: sender, bell }, mailbox))
+    }
+
+    /// Hands a queue over.
+    ///
+    /// # Errors
+    /// When the thread is gone.
+    pub fn start(&self, queue: Queue) -> io::Result<()> {
+        self.send(Command::Start(Box::new(queue)))
+    }
+
+    /// Takes a queue back.
+    pub fn stop(&self, index: u16) -> Option<QueueState> {
+        let (answer, state) = channel();
+        self.send(Command::Stop(index, answer)).ok()?;
+        state.recv_timeout(STOP_LIMIT).ok().flatten()
+    }
+
+    fn send(&self, command: Command) -> io::Result<()> {
+        self.commands.send(command).map_err(|_| io::Error::other("the queue's thread has ended"))?;
+        ring(&self.bell);
+        Ok(())
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // The thread finds its channel closed only when it looks.
+        let (closed, _) = channel();
+        self.commands = closed;
+        ring(&self.bell);
+    }
+}
+
+fn ring(bell: &OwnedFd) {
+    let _already_ringing = rustix::io::write(bell, &1u64.to_ne_bytes());
+}
+
+/// A device's workers; queue `n` is served by worker `n` modulo their number.
+#[derive(Debug, Default)]
+pub struct Workers(Vec<Worker>);
+
+impl Workers {
+    /// From the control ends.
+    pub fn new(workers: Vec<Worker>) -> Workers {
+        Workers(workers)
+    }
+
+    /// See [`crate::Device::start`].
+    ///
+    /// # Errors
+    /// When the thread is gone.
+    pub fn start(&self, index: u16, queue: Queue) -> io::Result<()> {
+        self.of(index).ok_or_else(|| io::Error::other("no thread serves this queue"))?.start(queue)
+    }
+
+    /// See [`crate::Device::stop`].
+    pub fn stop(&self, index: u16) -> Option<QueueState> {
+        self.of(index)?.stop(index)
+    }
+
+    fn of(&self, index: u16) -> Option<&Worker> {
+        self.0.get(usize::from(index).checked_rem(self.0.len())?)
+    }
+}
+
+/// A queue a worker holds, and the chain its requests are popped into.
+#[derive(Debug)]
+pub struct Slot {
+    /// The queue.
+    pub queue: Queue,
+    /// Reused from request to request.
+    pub chain: Chain,
+    pending: bool,
+}
+
+impl Slot {
+    /// Serves what is available, chain by chain, until the ring is empty or the budget is used up: `each` does the request and
+    /// gives the number of bytes written. Shows the results in one go. `true`: there is more.
+    pub fn drain(&mut self, mut each: impl FnMut(&Chain) -> u32) -> bool {
+        self.drain_while(&mut (), |()| true, |(), chain| each(chain))
+    }
+
+    /// Like [`Slot::drain`], for a device that cannot always take a request: before each one `ready` is asked. What it leaves
+    /// stays in the ring; the device comes back when it can, by [`Serve::timeout`] or [`Serve::ready`].
+    pub fn drain_while<S>(
+        &mut self,
+        server: &mut S,
+        mut ready: impl FnMut(&mut S) -> bool,
+        mut each: impl FnMut(&mut S, &Chain) -> u32,
+    ) -> bool {
+        let mut left = BUDGET;
+        loop {
+            self.queue.disarm();
+            while left > 0 && ready(server) {
+                let Some(token) = self.queue.pop(&mut self.chain) else { break };
+                let written = each(server, &self.chain);
+                self.queue.complete(token, written);
+                left = left.saturating_sub(self.chain.descriptors().into());
+            }
+            self.queue.publish();
+            // What could not be served must not keep the thread awake.
+            let more = self.queue.arm();
+            if left == 0 || !more || !ready(server) {
+                return more && ready(server);
+            }
+        }
+    }
+}
+
+/// The queues a worker holds.
+#[derive(Debug, Default)]
+pub struct Slots {
+    slots: [Option<Slot>; QUEUES],
+}
+
+impl Slots {
+    /// Queue `index`, if it is running here.
+    pub fn get(&mut self, index: u16) -> Option<&mut Slot> {
+        self.slots.iter_mut().flatten().find(|slot| slot.queue.index() == index)
+    }
+
+    /// Whether queue `index` is running here.
+    pub fn has(&self, index: u16) -> bool {
+        self.slots.iter().flatten().any(|slot| slot.queue.index() == index)
+    }
+
+    fn put(&mut self, queue: Queue) {
+        if let Some(free) = self.slots.iter_mut().find(|slot| slot.is_none()) {
+            let chain = queue.chain();
+            // A kick may have been left out while nobody listened: look once.
+            *free = Some(Slot { queue, chain, pending: true });
+        }
+    }
+
+    fn take(&mut self, index: u16) -> Option<Queue> {
+        let slot = self.slots.iter_mut().find(|slot| slot.as_ref().is_some_and(|slot| slot.queue.index() == index))?;
+        slot.take().map(|slot| slot.queue)
+    }
+
+    fn pending(&self) -> impl Iterator<Item = u16> + use<> {
+        let indices = self.slots.each_ref().map(|slot| slot.as_ref().filter(|slot| slot.pending).map(|slot| slot.queue.index()));
+        indices.into_iter().flatten()
+    }
+
+    fn set_pending(&mut self, index: u16, pending: bool) {
+        if let Some(slot) = self.get(index) {
+            slot.pending = pending;
+        }
+    }
+}
+
+/// Serves queues until the [`Worker`] is dropped.
+pub fn run(mut server: impl Serve, mailbox: Mailbox) {
+    let mut slots = Slots::default();
+    loop {
+        let Ok(woken) = wait(&server, &slots, &mailbox) else { return };
+        if woken.bell && !obey(&mut server, &mut slots, &mailbox) {
+            return;
+        }
+        for (which, events) in woken.sources.into_iter().enumerate() {
+            if !events.is_empty() {
+                server.ready(which, events, &mut slots);
+            }
+        }
+        for (slot, kicked) in slots.slots.iter_mut().zip(woken.kicked) {
+            let Some(slot) = slot else { continue };
+            if kicked {
+                slot.queue.acknowledge_kick();
+            }
+            slot.pending |= kicked || woken.late;
+        }
+        for index in slots.pending() {
+            let more = server.kicked(index, &mut slots);
+            slots.set_pending(index, more);
+        }
+    }
+}
+
+struct Woken {
+    bell: bool,
+    late: bool,
+    sources: [PollFlags; SOURCES],
+    kicked: [bool; QUEUES],
+}
+
+impl Woken {
+    fn by_nothing() -> Woken {
+        Woken { bell: false, late: false, sources: [PollFlags::empty(); SOURCES], kicked: [false; QUEUES] }
+    }
+}
+
+fn wait(server: &impl Serve, slots: &Slots, mailbox: &Mailbox) -> io::Result<Woken> {
+    let sources = server.sources(slots);
+    let kicks = slots.slots.each_ref().map(|slot| slot.as_ref().and_then(|slot| slot.queue.kick()));
+    let mut count = 1;
+    let mut fds: [PollFd<'_>; WAITING] = std::array::from_fn(|_| PollFd::new(&mailbox.bell, PollFlags::IN));
+    let waiting = sources.into_iter().flatten().chain(kicks.into_iter().flatten().map(|kick| (kick, PollFlags::IN)));
+    for (place, (fd, events)) in fds.iter_mut().skip(1).zip(waiting) {
+        *place = PollFd::from_borrowed_fd(fd, events);
+        count += 1;
+    }
+    let waiting = fds.get_mut(..count).unwrap_or_default();
+    let busy = slots.pending().next().is_some();
+    let limit = if busy { Some(Duration::ZERO) } else { server.timeout(slots) };
+    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+    let ready = match poll(waiting, limit.as_ref()) {
+        Ok(ready) => ready,
+        Err(Errno::INTR) => return Ok(Woken::by_nothing()),
+        Err(errno) => return Err(errno.into()),
+    };
+    let mut results = waiting.iter().map(PollFd::revents);
+    let mut next = || results.next().unwrap_or(PollFlags::empty());
+    let mut woken = Woken { bell: !next().is_empty(), late: ready == 0 && !busy, ..Woken::by_nothing() };
+    for (result, source) in woken.sources.iter_mut().zip(sources) {
+        *result = source.map_or(PollFlags::empty(), |_| next());
+    }
+    for (result, kick) in woken.kicked.iter_mut().zip(kicks) {
+        *result = kick.is_some_and(|_| !next().is_empty());
+    }
+    Ok(woken)
+}
+
+/// Does what the mailbox says. `false`: the device is gone.
+fn obey(server: &mut impl Serve, slots: &mut Slots, mailbox: &Mailbox) -> bool {
+    let mut count = [0; 8];
+    let _nothing_rung = rustix::io::read(mailbox.bell.as_fd(), &mut count);
+    loop {
+        match mailbox.commands.try_recv() {
+            Ok(Command::Start(queue)) => slots.put(*queue),
+            Ok(Command::Stop(index, answer)) => {
+                server.stopping(index, slots);
+                let _nobody_waits = answer.send(slots.take(index).map(Queue::into_state));
+            }
+            Err(TryRecvError::Empty) => return true,
+            Err(TryRecvError::Disconnected) => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,68 @@
+//! A thread, its queue, and both ways out.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use super::*;
+use crate::memory::tests::guest;
+use crate::queue::Config;
+
+struct Echo(Arc<AtomicU32>);
+
+impl Serve for Echo {
+    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool {
+        let served = Arc::clone(&self.0);
+        slots.get(index).is_some_and(|slot| {
+            slot.drain(|chain| {
+                served.fetch_add(1, Ordering::SeqCst);
+                u32::try_from(chain.writable().copy_from(b"done")).unwrap()
+            })
+        })
+    }
+}
+
+#[test]
+fn a_queue_is_handed_over_served_and_given_back() {
+    let memory = Arc::new(guest(&[(0, 0x10000)]));
+    let put = |at: u64, bytes: &[u8]| {
+        let span = memory.span(at, u32::try_from(bytes.len()).unwrap()).unwrap();
+        memory.write(span, bytes);
+    };
+    put(0x1000, &0x4000u64.to_le_bytes());
+    put(0x1008, &16u32.to_le_bytes());
+    put(0x100c, &2u16.to_le_bytes());
+    put(0x2002, &1u16.to_le_bytes());
+    let event = || Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    let config = Config {
+        index: 0,
+        size: 4,
+        desc: 0x1000,
+        avail: 0x2000,
+        used: 0x3000,
+        event_idx: true,
+        next_avail: 0,
+        kick: event(),
+        call: event(),
+        error: event(),
+        log: None,
+    };
+    let call = config.call.as_ref().unwrap().try_clone().unwrap();
+    let served = Arc::new(AtomicU32::new(0));
+    let (worker, mailbox) = Worker::new().unwrap();
+    let server = Echo(Arc::clone(&served));
+    let thread = thread::spawn(move || run(server, mailbox));
+    assert!(worker.stop(0).is_none(), "not running yet");
+    worker.start(Queue::new(Arc::clone(&memory), config).unwrap()).unwrap();
+    // Nobody kicked: a ring is looked at once when it starts.
+    poll(&mut [PollFd::new(&call, PollFlags::IN)], Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap();
+    let state = worker.stop(0).unwrap();
+    assert_eq!(state.next_avail, 1);
+    assert!(worker.stop(0).is_none(), "stopping twice is allowed");
+    assert_eq!(served.load(Ordering::SeqCst), 1);
+    let mut bytes = [0; 4];
+    memory.read(memory.span(0x4000, 4).unwrap(), &mut bytes);
+    assert_eq!(&bytes, b"done");
+    drop(worker);
+    thread.join().unwrap();
+}
