@@ -45,9 +45,11 @@ pub mod rules {
         allow(libc::SYS_write, "log lines and event descriptors"),
         allow(libc::SYS_read, "event and signal descriptors"),
         allow(libc::SYS_close, "descriptors that a peer has sent"),
+        allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_GETFD as u32)], "debug builds look whether what they close is open"),
         allow(libc::SYS_poll, "waiting"),
         allow(libc::SYS_ppoll, "waiting with a limit of time"),
         allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
+        allow(libc::SYS_sigaltstack, "Rust takes its signal stack away at the end"),
         allow(libc::SYS_exit_group, "the end of the process"),
     ];
 
@@ -70,6 +72,5 @@ pub mod rules {
     pub const THREAD_END: &[Rule] = &[
         allow(libc::SYS_exit, "the end of a thread"),
         allow(libc::SYS_rt_sigprocmask, "the C library blocks signals while a thread ends"),
-        allow(libc::SYS_sigaltstack, "Rust takes the thread's signal stack away"),
     ];
 }

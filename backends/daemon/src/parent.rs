@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use caps::CapSet;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_dumpable_behavior, waitid};
-use sandbox::{Filter, Rule, Spawn, allow, signal_fd, spawn};
+use sandbox::{Filter, Rule, Spawn, When, allow, allow_if, signal_fd, spawn};
 
 /// Signals that are passed on.
 const FORWARDED: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH];
@@ -27,7 +27,13 @@ const RULES: &[Rule] = &[
     allow(libc::SYS_read, "which signal it was"),
     allow(libc::SYS_pidfd_send_signal, "passing it on"),
     allow(libc::SYS_waitid, "how the child ended"),
-    allow(libc::SYS_unlink, "the file of the child's socket"),
+    allow(libc::SYS_unlinkat, "the file of the child's socket"),
+    allow(libc::SYS_close, "the descriptors at the end"),
+    allow_if(
+        libc::SYS_fcntl,
+        &[When::Is(1, libc::F_GETFD as u32)],
+        "debug builds look whether a descriptor is open before closing it",
+    ),
     allow(libc::SYS_munmap, "the C library frees memory at the end"),
     allow(libc::SYS_sigaltstack, "Rust takes its signal stack away at the end"),
     allow(libc::SYS_write, "an error"),

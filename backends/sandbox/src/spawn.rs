@@ -149,9 +149,11 @@ pub fn spawn(what: &Spawn<'_>) -> Result<Child> {
 
 /// Clones the worker as a child of this process.
 fn start(plan: &Plan<'_>, more: Clone, tell: &OwnedFd, report: &OwnedFd) -> Result<Pid> {
+    // Asked before: inside, the user is nobody until the map is written.
+    let maps = Maps::own();
     match sys::clone3(Clone::WORKER | more).map_err(user_namespaces)? {
         Some(pid) => Ok(pid),
-        None => become_program(plan, &Maps::own(), tell, report),
+        None => become_program(plan, &maps, tell, report),
     }
 }
 

@@ -1,2 +1,223 @@
-//! The program.
-fn main() {}
+//! `outboard-probe`: a guest without a VM.
+
+use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use probe::args::{Blk, Command, Rings, Storm, StormOf, Verb};
+use probe::blk::bench::{self, Load};
+use probe::blk::{Disk, FEATURES, verify};
+use probe::device::{Device, Shape};
+use probe::link::{Backend, connect};
+use probe::{rng, storm};
+use serde_json::json;
+use vhost_user::features;
+
+/// Bytes of a request of `read` and `write`.
+const PIECE: u32 = 256 * 1024;
+
+const RING_FEATURES: [(u64, &str); 3] = [(1 << 28, "INDIRECT_DESC"), (1 << 29, "EVENT_IDX"), (1 << 32, "VERSION_1")];
+
+fn main() -> ExitCode {
+    let command = Command::parse();
+    match run(command.verb) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+            eprintln!("outboard-probe: {chain}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `false`: done, and the answer is no.
+fn run(verb: Verb) -> Result<bool> {
+    match verb {
+        Verb::Info { socket, json } => info(&socket, json),
+        Verb::Rng { socket, bytes, request, rings } => {
+            let got = rng::fetch(connect(&socket)?, bytes, request, rings.shape(1, request))?;
+            out(&got)
+        }
+        Verb::Blk(Blk::Info { socket, json }) => disk_info(&socket, json),
+        Verb::Blk(Blk::Read { socket, offset, length, rings }) => read(&socket, offset, length, rings),
+        Verb::Blk(Blk::Write { socket, offset, rings }) => write(&socket, offset, rings),
+        Verb::Blk(Blk::Verify { socket, length, block_size, depth, rings }) => check(&socket, length, block_size, depth, rings),
+        Verb::Blk(Blk::Bench { socket, load, block_size, depth, seconds, json, rings }) => {
+            measure(&socket, load, block_size, depth, seconds, json, rings)
+        }
+        Verb::Storm { what: StormOf::Blk(plan) } => kill(&plan, |backend, how, progress| storm::blk(backend, how, progress)),
+        Verb::Storm { what: StormOf::Rng(plan) } => kill(&plan, |backend, how, progress| storm::rng(backend, how, progress)),
+    }
+}
+
+fn out(bytes: &[u8]) -> Result<bool> {
+    if stdout().is_terminal() {
+        let text: Vec<String> = bytes.chunks(32).map(|row| row.iter().map(|byte| format!("{byte:02x}")).collect()).collect();
+        println!("{}", text.join("\n"));
+        return Ok(true);
+    }
+    stdout().write_all(bytes).context("Cannot write to standard output")?;
+    Ok(true)
+}
+
+fn names(bits: u64, known: &[(u64, &str)]) -> Vec<String> {
+    (0..64)
+        .map(|bit| 1u64 << bit)
+        .filter(|bit| bits & bit != 0)
+        .map(|bit| {
+            known
+                .iter()
+                .find(|(value, _)| *value == bit)
+                .map_or_else(|| format!("bit {}", bit.trailing_zeros()), |(_, name)| (*name).to_owned())
+        })
+        .collect()
+}
+
+fn info(socket: &Path, json: bool) -> Result<bool> {
+    let mut device = Device::connect(connect(socket)?, Shape::default(), 0)?;
+    let session = device.session();
+    let (offered, protocol, queues) = (session.offered(), session.protocol_features(), session.queue_count());
+    let config = session.config(64).unwrap_or_default();
+    let (bits, words) = (names(offered, &RING_FEATURES), features::names(protocol));
+    if json {
+        println!("{}", json!({"features": bits, "protocol": words, "queues": queues, "config": config}));
+        return Ok(true);
+    }
+    println!("virtio features    {offered:#018x}  {}", bits.join(" "));
+    println!("protocol features  {protocol:#018x}  {}", words.join(" "));
+    println!("queues             {queues}");
+    let hex: Vec<String> = config.iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("configuration      {}", if hex.is_empty() { "none".to_owned() } else { hex.join(" ") });
+    Ok(true)
+}
+
+fn open(socket: &Path, rings: Rings, depth: usize, bytes: u32) -> Result<Disk> {
+    Disk::open(connect(socket)?, rings.shape(depth, bytes), depth, bytes, rings.seed)
+}
+
+fn disk_info(socket: &Path, json: bool) -> Result<bool> {
+    let known: Vec<_> = FEATURES.iter().chain(&RING_FEATURES).copied().collect();
+    let shape = Shape::default();
+    let mut disk = Disk::open(connect(socket)?, shape, 1, 4096, 1)?;
+    let (geometry, offered) = (disk.geometry, disk.device.session().offered());
+    let serial = disk.serial().unwrap_or_default();
+    let bytes = geometry.capacity * 512;
+    if json {
+        let shown = json!({"bytes": bytes, "block_size": geometry.block_size, "queues": geometry.queues, "serial": serial,
+            "seg_max": geometry.seg_max, "features": names(offered, &known)});
+        println!("{shown}");
+        return Ok(true);
+    }
+    println!("size        {bytes} bytes ({} MiB)", bytes >> 20);
+    println!("block size  {}", geometry.block_size);
+    println!("queues      {}", geometry.queues);
+    println!("serial      {serial}");
+    println!("features    {}", names(offered, &known).join(" "));
+    Ok(true)
+}
+
+fn aligned(offset: u64, length: u64) -> Result<()> {
+    if !offset.is_multiple_of(512) || !length.is_multiple_of(512) {
+        bail!("Offset and length are multiples of 512");
+    }
+    Ok(())
+}
+
+fn read(socket: &Path, offset: u64, length: u64, rings: Rings) -> Result<bool> {
+    aligned(offset, length)?;
+    let mut disk = open(socket, rings, 1, PIECE)?;
+    let (mut at, mut left) = (offset, length);
+    while left > 0 {
+        let piece = left.min(PIECE.into());
+        let mut data = vec![0; usize::try_from(piece)?];
+        disk.read(at, &mut data)?;
+        out(&data)?;
+        (at, left) = (at + piece, left - piece);
+    }
+    Ok(true)
+}
+
+fn write(socket: &Path, offset: u64, rings: Rings) -> Result<bool> {
+    aligned(offset, 0)?;
+    let mut disk = open(socket, rings, 1, PIECE)?;
+    let mut at = offset;
+    loop {
+        let mut data = Vec::new();
+        stdin().take(PIECE.into()).read_to_end(&mut data).context("Cannot read standard input")?;
+        if data.is_empty() {
+            break;
+        }
+        data.resize(data.len().next_multiple_of(512), 0);
+        disk.write(at, &mut data)?;
+        at += data.len() as u64;
+    }
+    disk.flush()?;
+    Ok(true)
+}
+
+fn check(socket: &Path, length: Option<u64>, block_size: u32, depth: usize, rings: Rings) -> Result<bool> {
+    aligned(0, block_size.into())?;
+    let mut disk = open(socket, rings, depth, block_size)?;
+    let length = length.unwrap_or(u64::MAX).min(disk.geometry.capacity * 512);
+    let report = verify::run(&mut disk, length / u64::from(block_size), block_size, rings.seed)?;
+    println!("{} blocks of {block_size} bytes, {} wrong", report.blocks, report.wrong);
+    Ok(report.wrong == 0)
+}
+
+fn measure(socket: &Path, load: Load, block_size: u32, depth: usize, seconds: f64, json: bool, rings: Rings) -> Result<bool> {
+    aligned(0, block_size.into())?;
+    let mut disk = open(socket, rings, depth, block_size)?;
+    let time = Duration::try_from_secs_f64(seconds).context("--seconds is a time")?;
+    let report = bench::run(&mut disk, load, block_size, time, rings.seed)?;
+    let (p50, p99) = (report.p50.as_micros(), report.p99.as_micros());
+    if json {
+        println!("{}", json!({"requests_per_second": report.rate(), "p50_us": p50, "p99_us": p99, "requests": report.requests}));
+    } else {
+        println!("{:.0} requests/s, p50 {p50} us, p99 {p99} us", report.rate());
+    }
+    Ok(true)
+}
+
+fn kill(plan: &Storm, run: impl FnOnce(&mut Backend, storm::Plan, &mut dyn FnMut(u32)) -> Result<storm::Report>) -> Result<bool> {
+    let mut backend = Backend::new(plan.command.clone());
+    let how = storm::Plan {
+        kills: plan.kills,
+        depth: plan.depth,
+        gap: Duration::from_millis(plan.gap),
+        shape: plan.rings.shape(plan.depth, 4096),
+        seed: plan.rings.seed,
+    };
+    let people = stderr().is_terminal() && !plan.json;
+    let mut progress = |done: u32| {
+        if people && done.is_multiple_of(10) {
+            eprint!("\r{done} of {} kills ", plan.kills);
+        }
+    };
+    let report = run(&mut backend, how, &mut progress)?;
+    if people {
+        eprint!("\r\x1b[K");
+    }
+    tell(&report, plan);
+    Ok(report.is_clean() && report.kills == plan.kills)
+}
+
+fn tell(report: &storm::Report, plan: &Storm) {
+    let millis = |percent| report.pause(percent).as_secs_f64() * 1000.0;
+    let (p50, p99, max) = (millis(50), millis(99), millis(100));
+    let storm::Report { kills, requests, lost, duplicated, corrupted, failed, .. } = report;
+    if plan.json {
+        let shown = json!({"kills": kills, "requests": requests, "lost": lost, "duplicated": duplicated, "corrupted": corrupted,
+            "failed": failed, "pause_ms": {"p50": p50, "p99": p99, "max": max}, "seed": plan.rings.seed});
+        println!("{shown}");
+        return;
+    }
+    println!("{kills} kills, {requests} requests: {lost} lost, {duplicated} duplicated, {corrupted} corrupted, {failed} failed");
+    println!("pause from kill to next completion: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms");
+    if !report.is_clean() {
+        println!("seed {}", plan.rings.seed);
+    }
+}

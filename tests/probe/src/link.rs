@@ -1,0 +1,133 @@
+//! A backend: one that listens, or one that is started here, killed, and started again.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// How long a started backend may take to open its socket.
+const START: Duration = Duration::from_secs(10);
+
+/// How long a killed backend may take to be gone.
+const GONE: Duration = Duration::from_secs(10);
+
+/// Connects to a backend that listens.
+///
+/// # Errors
+/// With the path.
+pub fn connect(path: &Path) -> Result<UnixStream> {
+    UnixStream::connect(path).with_context(|| format!("Cannot connect to {}", path.display()))
+}
+
+/// A backend that is started with a command. `{fd}` in it is the number of a connected socket; `{socket}` the path of one it is
+/// to listen on; without either, `--fd N` is added.
+#[derive(Debug)]
+pub struct Backend {
+    command: Vec<String>,
+    socket: Option<PathBuf>,
+    child: Option<Child>,
+}
+
+impl Backend {
+    /// Nothing is started yet.
+    pub fn new(command: Vec<String>) -> Backend {
+        let listens = command.iter().any(|word| word.contains("{socket}"));
+        let socket = listens.then(|| std::env::temp_dir().join(format!("outboard-probe-{}.sock", std::process::id())));
+        Backend { command, socket, child: None }
+    }
+
+    /// Starts it and connects.
+    ///
+    /// # Errors
+    /// When it does not start or does not open its socket.
+    pub fn start(&mut self) -> Result<UnixStream> {
+        match self.socket.clone() {
+            Some(path) => self.start_listening(&path),
+            None => self.start_connected(),
+        }
+    }
+
+    fn start_connected(&mut self) -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
+        let theirs = OwnedFd::from(theirs);
+        // A number that survives exec: the copy without close-on-exec is the child's alone, as this one is closed here.
+        let passed = rustix::io::dup(&theirs).context("Cannot pass a socket on")?;
+        let number = passed.as_raw_fd().to_string();
+        let mut words: Vec<String> = self.command.iter().map(|word| word.replace("{fd}", &number)).collect();
+        if !self.command.iter().any(|word| word.contains("{fd}")) {
+            words.extend(["--fd".to_owned(), number]);
+        }
+        self.child = Some(run(&words)?);
+        drop(passed);
+        Ok(ours)
+    }
+
+    fn start_listening(&mut self, path: &Path) -> Result<UnixStream> {
+        let _nothing_left_behind = std::fs::remove_file(path);
+        let words: Vec<String> = self.command.iter().map(|word| word.replace("{socket}", &path.to_string_lossy())).collect();
+        self.child = Some(run(&words)?);
+        let start = Instant::now();
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return Ok(stream),
+                Err(error) if start.elapsed() > START => {
+                    return Err(error).with_context(|| format!("{} does not open {}", words.join(" "), path.display()));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+                bail!("{} ended: {status}", words.join(" "));
+            }
+        }
+    }
+
+    /// Kills it, and waits until its end of `connection` is closed: then no thread of it can touch the rings any more, also if what
+    /// was started here was only the worker's waiting parent.
+    ///
+    /// # Errors
+    /// When it does not die.
+    pub fn kill(&mut self, connection: Option<impl AsFd>) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill().context("Cannot kill the backend")?;
+            child.wait().context("Cannot wait for the backend")?;
+        }
+        let Some(connection) = connection else { return Ok(()) };
+        let start = Instant::now();
+        loop {
+            let mut fds = [PollFd::new(&connection, PollFlags::empty())];
+            let _interrupted = poll(&mut fds, Some(&Timespec { tv_sec: 1, tv_nsec: 0 }));
+            let [fd] = fds;
+            if fd.revents().intersects(PollFlags::HUP | PollFlags::ERR) {
+                return Ok(());
+            }
+            if start.elapsed() > GONE {
+                bail!("The killed backend is still alive");
+            }
+        }
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _already_gone = child.kill();
+            let _reaped = child.wait();
+        }
+        if let Some(path) = &self.socket {
+            let _already_gone = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn run(words: &[String]) -> Result<Child> {
+    let Some((program, args)) = words.split_first() else { bail!("No command to start a backend with is given") };
+    // A group of its own: what a terminal sends to the probe is not for it.
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).process_group(0);
+    command.spawn().with_context(|| format!("Cannot start {program}"))
+}

@@ -1,0 +1,334 @@
+//! Kills under verified load.
+//!
+//! A backend is started, loaded with many requests at once, killed at a random moment, started again, and so on. The probe
+//! plays the VMM: rings, memory and the in-flight region stay, the successor gets them. Afterwards three numbers have to be zero:
+//!
+//! - *lost*: requests that were never given back;
+//! - *duplicated*: completions of requests that were not out;
+//! - *corrupted*: blocks that do not hold what the last completed write put there, or random bytes that were not written.
+//!
+//! A write that was in flight at a kill may have happened or not, until its completion says that it has; since no two requests
+//! for one block are out at the same time, every completed request has exactly one right content.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::blk::bench::quantile;
+use crate::blk::{Disk, Kind, LIMIT, SECTOR, Status, pattern};
+use crate::device::{Device, Shape};
+use crate::link::Backend;
+use crate::random::Random;
+use crate::ring::Buffer;
+
+/// How a storm is run.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Kills.
+    pub kills: u32,
+    /// Requests out at a time.
+    pub depth: usize,
+    /// Longest time between two kills.
+    pub gap: Duration,
+    /// The rings.
+    pub shape: Shape,
+    /// The seed of everything random.
+    pub seed: u64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Kills that were done.
+    pub kills: u32,
+    /// Requests that were completed.
+    pub requests: u64,
+    /// See the module.
+    pub lost: u64,
+    /// See the module.
+    pub duplicated: u64,
+    /// See the module.
+    pub corrupted: u64,
+    /// Requests that the device completed with an error.
+    pub failed: u64,
+    /// From each kill to the next completion, sorted.
+    pub pauses: Vec<Duration>,
+}
+
+impl Report {
+    /// Nothing was lost, duplicated, corrupted or failed.
+    pub fn is_clean(&self) -> bool {
+        self.lost == 0 && self.duplicated == 0 && self.corrupted == 0 && self.failed == 0
+    }
+
+    /// The pause that `percent` of the kills did not exceed.
+    pub fn pause(&self, percent: usize) -> Duration {
+        quantile(&self.pauses, percent)
+    }
+}
+
+/// What a storm needs of the device it drives.
+trait Load {
+    fn device(&mut self) -> &mut Device;
+    /// Puts in as many requests as there is room for.
+    fn fill(&mut self);
+    /// Takes completions, checks them, and gives their number.
+    fn take(&mut self, report: &mut Report) -> Result<u64>;
+    /// Checks at the end what only then can be checked.
+    fn finish(&mut self, report: &mut Report) -> Result<()>;
+}
+
+/// Runs a storm on a block device. Its content is overwritten.
+///
+/// # Errors
+/// When the backend cannot be started, or a step fails in a way that is no verdict.
+pub fn blk(backend: &mut Backend, plan: Plan, progress: impl FnMut(u32)) -> Result<Report> {
+    let stream = backend.start()?;
+    let disk = Disk::open(stream, plan.shape, plan.depth, BLOCK, plan.seed)?;
+    let blocks = (disk.geometry.capacity * SECTOR / u64::from(BLOCK)).min(MAX_BLOCKS);
+    if blocks <= plan.depth as u64 * 2 {
+        bail!("The disk is too small for a storm of depth {}", plan.depth);
+    }
+    let generations = vec![0; usize::try_from(blocks)?];
+    let mut load = BlkLoad { disk, generations, out: vec![None; plan.depth], random: Random::new(plan.seed), seed: plan.seed };
+    run(&mut load, backend, plan, progress)
+}
+
+/// Runs a storm on an entropy source.
+///
+/// # Errors
+/// As [`blk`].
+pub fn rng(backend: &mut Backend, plan: Plan, progress: impl FnMut(u32)) -> Result<Report> {
+    let stream = backend.start()?;
+    let mut device = Device::connect(stream, plan.shape, 0)?;
+    let mut idle = Vec::new();
+    for place in 0..plan.depth as u64 {
+        idle.push(device.memory_mut().take(RANDOM_BYTES.into(), 1, place)?);
+    }
+    device.start()?;
+    run(&mut RngLoad { device, idle, out: Vec::new() }, backend, plan, progress)
+}
+
+fn run(load: &mut impl Load, backend: &mut Backend, plan: Plan, mut progress: impl FnMut(u32)) -> Result<Report> {
+    let mut report = Report::default();
+    let mut random = Random::new(plan.seed ^ 1);
+    for kill in 1..=plan.kills {
+        let gap = Duration::from_micros(random.below(u64::try_from(plan.gap.as_micros())?));
+        load_for(load, gap, &mut report)?;
+        let connection: Option<OwnedFd> = load.device().connection().map(|fd| fd.try_clone_to_owned()).transpose()?;
+        let killed = Instant::now();
+        backend.kill(connection.as_ref().map(AsFd::as_fd))?;
+        load.fill();
+        let stream = backend.start()?;
+        load.device().reconnect(stream).with_context(|| format!("after kill {kill}"))?;
+        if !resume(load, &mut report)? {
+            break;
+        }
+        report.pauses.push(killed.elapsed());
+        report.kills = kill;
+        progress(kill);
+    }
+    drain(load, &mut report)?;
+    load.finish(&mut report)?;
+    report.pauses.sort_unstable();
+    Ok(report)
+}
+
+/// Keeps the device loaded for a while.
+fn load_for(load: &mut impl Load, time: Duration, report: &mut Report) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        load.fill();
+        if load.take(report)? == 0 {
+            load.device().wait(Duration::from_millis(1));
+        }
+    }
+    load.fill();
+    Ok(())
+}
+
+/// Waits for the first completion after a restart. `false`: none comes.
+fn resume(load: &mut impl Load, report: &mut Report) -> Result<bool> {
+    let start = Instant::now();
+    while load.take(report)? == 0 {
+        if start.elapsed() > LIMIT {
+            return Ok(false);
+        }
+        load.device().wait(Duration::from_millis(100));
+    }
+    Ok(true)
+}
+
+/// Waits for all that is out. What does not come is lost.
+fn drain(load: &mut impl Load, report: &mut Report) -> Result<()> {
+    let mut last = Instant::now();
+    while load.device().outstanding() > 0 && last.elapsed() < LIMIT {
+        if load.take(report)? > 0 {
+            last = Instant::now();
+        } else {
+            load.device().wait(Duration::from_millis(100));
+        }
+    }
+    report.lost = load.device().outstanding() as u64;
+    Ok(())
+}
+
+/// Bytes of a block in a storm.
+const BLOCK: u32 = 4096;
+
+/// Most blocks in a storm: few enough that each is written many times.
+const MAX_BLOCKS: u64 = 2048;
+
+#[derive(Clone, Copy, Debug)]
+struct Out {
+    kind: Kind,
+    block: u64,
+}
+
+struct BlkLoad {
+    disk: Disk,
+    /// How often each block was written; 0: not yet, its content is not known.
+    generations: Vec<u64>,
+    out: Vec<Option<Out>>,
+    random: Random,
+    seed: u64,
+}
+
+impl BlkLoad {
+    fn generation(&mut self, block: u64) -> &mut u64 {
+        let index = usize::try_from(block).unwrap_or(0);
+        &mut self.generations[index]
+    }
+
+    fn check(&mut self, slot: usize, block: u64) -> bool {
+        let generation = *self.generation(block);
+        let (mut expected, mut got) = ([0; BLOCK as usize], [0; BLOCK as usize]);
+        pattern(block, generation, self.seed, &mut expected);
+        self.disk.data(slot, &mut got);
+        expected == got
+    }
+}
+
+impl Load for BlkLoad {
+    fn device(&mut self) -> &mut Device {
+        &mut self.disk.device
+    }
+
+    fn fill(&mut self) {
+        let blocks = self.generations.len() as u64;
+        while let Some(slot) = self.disk.idle() {
+            let block = self.random.below(blocks);
+            // One request for a block at a time: that is what makes every content right or wrong.
+            if self.out.iter().flatten().any(|out| out.block == block) {
+                continue;
+            }
+            let written = *self.generation(block);
+            let kind = if written == 0 || self.random.below(2) == 0 { Kind::Out } else { Kind::In };
+            if kind == Kind::Out {
+                let mut bytes = [0; BLOCK as usize];
+                pattern(block, written + 1, self.seed, &mut bytes);
+                self.disk.fill(slot, &bytes);
+            }
+            let queue = u16::try_from(self.random.below(self.disk.device.queues().into())).unwrap_or(0);
+            if !self.disk.submit(queue, slot, kind, block * u64::from(BLOCK) / SECTOR, BLOCK) {
+                return;
+            }
+            self.disk.device.kick(queue);
+            self.out[slot] = Some(Out { kind, block });
+        }
+    }
+
+    fn take(&mut self, report: &mut Report) -> Result<u64> {
+        let mut count = 0;
+        loop {
+            let done = match self.disk.completion() {
+                Ok(Some(done)) => done,
+                Ok(None) => return Ok(count),
+                // A head that was not out: the request was completed before.
+                Err(_) => {
+                    report.duplicated += 1;
+                    continue;
+                }
+            };
+            count += 1;
+            report.requests += 1;
+            let Some(out) = self.out.get_mut(done.slot).and_then(Option::take) else { continue };
+            match (done.status, out.kind) {
+                (Status::Ok, Kind::Out) => *self.generation(out.block) += 1,
+                (Status::Ok, _) => report.corrupted += u64::from(!self.check(done.slot, out.block)),
+                _ => report.failed += 1,
+            }
+        }
+    }
+
+    fn finish(&mut self, report: &mut Report) -> Result<()> {
+        if report.lost > 0 {
+            return Ok(());
+        }
+        for block in 0..self.generations.len() as u64 {
+            let generation = *self.generation(block);
+            let mut got = [0; BLOCK as usize];
+            self.disk.read(block * u64::from(BLOCK), &mut got)?;
+            let mut expected = [0; BLOCK as usize];
+            pattern(block, generation, self.seed, &mut expected);
+            report.corrupted += u64::from(generation > 0 && expected != got);
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a request for random numbers.
+const RANDOM_BYTES: u32 = 64;
+
+struct RngLoad {
+    device: Device,
+    idle: Vec<u64>,
+    out: Vec<(u16, u64)>,
+}
+
+impl Load for RngLoad {
+    fn device(&mut self) -> &mut Device {
+        &mut self.device
+    }
+
+    fn fill(&mut self) {
+        while let Some(at) = self.idle.pop() {
+            self.device.memory().write(at, &[0; RANDOM_BYTES as usize]);
+            let Some(head) = self.device.submit(0, &[Buffer { addr: at, len: RANDOM_BYTES, write: true }]) else {
+                self.idle.push(at);
+                break;
+            };
+            self.out.push((head, at));
+        }
+        self.device.kick(0);
+    }
+
+    fn take(&mut self, report: &mut Report) -> Result<u64> {
+        let mut count = 0;
+        loop {
+            let used = match self.device.completion(0) {
+                Ok(Some(used)) => used,
+                Ok(None) => return Ok(count),
+                Err(_) => {
+                    report.duplicated += 1;
+                    continue;
+                }
+            };
+            count += 1;
+            report.requests += 1;
+            let Some(place) = self.out.iter().position(|(head, _)| *head == used.head) else { continue };
+            let (_, at) = self.out.swap_remove(place);
+            let mut bytes = [0; RANDOM_BYTES as usize];
+            self.device.memory().read(at, &mut bytes);
+            // 64 random bytes of which 48 are zero: sooner the sun goes out.
+            let zeroes = bytes.iter().filter(|byte| **byte == 0).count();
+            report.corrupted += u64::from(used.len != RANDOM_BYTES || zeroes > 48);
+            self.idle.push(at);
+        }
+    }
+
+    fn finish(&mut self, _report: &mut Report) -> Result<()> {
+        Ok(())
+    }
+}
