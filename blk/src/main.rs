@@ -1,2 +1,20 @@
-//! The program.
-fn main() {}
+//! `outboard-blk`: a vhost-user server for virtio-blk.
+
+use std::process::ExitCode;
+
+use blk::args::{Args, Config};
+use blk::device::Blk;
+use blk::image::Image;
+use blk::sandbox::POLICY;
+use vhost_user::Backend;
+
+fn main() -> ExitCode {
+    daemon::main(|startup: daemon::Startup<Args>| {
+        let config = Config::from(startup.args());
+        let trust = startup.args().memory.trust();
+        let image = Image::open(&config)?;
+        let confined = startup.confine(&POLICY)?;
+        let mut backend = Backend::new(Blk::new(image, &config, &confined)?, trust)?;
+        confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))
+    })
+}

@@ -35,7 +35,7 @@ pub use error::Error;
 pub use filter::{Filter, Rule, When, allow, allow_if};
 pub use floor::{Floor, Kernel};
 pub use spawn::{Child, NetNamespace, Spawn, spawn};
-pub use sys::{close_all_but, inherited, signal_fd};
+pub use sys::{close_all_but, inherited, lock_file, signal_fd};
 
 /// What every call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -187,6 +187,20 @@ pub fn inherited(fd: RawFd) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Locks a whole file, for writing or for reading, without waiting. The lock belongs to the open file: it lasts until the last
+/// copy of this descriptor is closed, and is noticed by QEMU's image locks and notices them.
+///
+/// # Errors
+/// `EAGAIN` when someone else has it.
+pub fn lock_file(fd: BorrowedFd<'_>, exclusive: bool) -> std::io::Result<()> {
+    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+    let kind = i16::try_from(kind).unwrap_or_default();
+    let whence = i16::try_from(libc::SEEK_SET).unwrap_or_default();
+    let range = libc::flock { l_type: kind, l_whence: whence, l_start: 0, l_len: 0, l_pid: 0 };
+    // SAFETY: `fd` is open as it is borrowed; the structure is initialised and outlives the call.
+    Ok(check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) }).map(drop)?)
+}
+
 /// Blocks these signals in the calling thread, and in all it starts from now on, and gives a descriptor from which they are read.
 ///
 /// # Errors

@@ -1,0 +1,38 @@
+//! What is counted.
+
+use virtio::metrics::Counter;
+
+/// Read requests.
+pub static READS: Counter = Counter::new();
+/// Bytes read.
+pub static READ_BYTES: Counter = Counter::new();
+/// Write requests.
+pub static WRITES: Counter = Counter::new();
+/// Bytes written.
+pub static WRITTEN_BYTES: Counter = Counter::new();
+/// Flush requests.
+pub static FLUSHES: Counter = Counter::new();
+/// Discard requests.
+pub static DISCARDS: Counter = Counter::new();
+/// Write-zeroes requests.
+pub static ZEROES: Counter = Counter::new();
+/// Requests the image could not carry out.
+pub static FAILED: Counter = Counter::new();
+/// Requests that were answered with an error without being tried: out of range, not allowed, not known.
+pub static REFUSED: Counter = Counter::new();
+/// Chains that could not be given an answer.
+pub static BAD_REQUESTS: Counter = Counter::new();
+
+/// All counters, with their names and what they count.
+pub const ALL: [(&str, &Counter, &str); 10] = [
+    ("blk_reads", &READS, "Read requests"),
+    ("blk_read_bytes", &READ_BYTES, "Bytes read"),
+    ("blk_writes", &WRITES, "Write requests"),
+    ("blk_written_bytes", &WRITTEN_BYTES, "Bytes written"),
+    ("blk_flushes", &FLUSHES, "Flush requests"),
+    ("blk_discards", &DISCARDS, "Discard requests"),
+    ("blk_write_zeroes", &ZEROES, "Write-zeroes requests"),
+    ("blk_failed", &FAILED, "Requests the image could not carry out"),
+    ("blk_refused", &REFUSED, "Requests answered with an error without being tried"),
+    ("blk_bad_requests", &BAD_REQUESTS, "Chains that could not be given an answer"),
+];

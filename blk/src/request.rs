@@ -1,0 +1,211 @@
+//! A request of the guest, read once and checked (virtio 1.3, 5.2.6). No I/O here.
+//!
+//! ```text
+//! readable: header (type, reserved, sector) | data to write, or ranges
+//! writable: data to read | status (the last byte)
+//! ```
+//!
+//! The specification does not say how these are spread over descriptors, so only their order counts.
+
+#![warn(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+
+use virtio::{Buffer, Chain};
+
+/// Bytes of a sector: the unit of all addresses, whatever the block size.
+pub const SECTOR: u64 = 512;
+
+/// Bytes of a serial number.
+pub const SERIAL: usize = 20;
+
+/// Most ranges of one discard or write-zeroes request. The kernel merges neighbours before it sends them.
+pub const MAX_RANGES: usize = 16;
+
+/// Most sectors of one range: 1 GiB, so that one request keeps a queue for a bounded time.
+pub const MAX_RANGE_SECTORS: u32 = 2 * 1024 * 1024;
+
+const HEADER: usize = 16;
+const RANGE: usize = 16;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+const UNMAP: u32 = 1;
+
+/// What the device is, as far as requests are checked against it.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of the disk, a multiple of [`SECTOR`].
+    pub bytes: u64,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// A piece of the disk, inside of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Range {
+    /// Its first byte.
+    pub offset: u64,
+    /// Its bytes.
+    pub len: u64,
+    /// The space may be given back.
+    pub unmap: bool,
+}
+
+/// Up to [`MAX_RANGES`] pieces of the disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ranges {
+    list: [Range; MAX_RANGES],
+    count: usize,
+}
+
+impl Ranges {
+    /// The pieces.
+    pub fn iter(&self) -> impl Iterator<Item = &Range> {
+        self.list.iter().take(self.count)
+    }
+
+    fn push(&mut self, range: Range) -> Option<()> {
+        *self.list.get_mut(self.count)? = range;
+        self.count = self.count.saturating_add(1);
+        Some(())
+    }
+}
+
+/// What is asked for. The data is where the chain has it.
+#[derive(Clone, Copy, Debug)]
+pub enum Request<'a> {
+    /// Disk to guest.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Where to.
+        data: Buffer<'a>,
+    },
+    /// Guest to disk.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// From where.
+        data: Buffer<'a>,
+    },
+    /// Make all completed writes durable.
+    Flush,
+    /// The content does not matter any more.
+    Discard(Ranges),
+    /// The content becomes zero.
+    WriteZeroes(Ranges),
+    /// The serial number.
+    GetId(Buffer<'a>),
+}
+
+/// How a request ended, in the numbers of the specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Done.
+    Ok = 0,
+    /// Failed.
+    IoError = 1,
+    /// Not known to this device.
+    Unsupported = 2,
+}
+
+/// Where the answer to a request goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer<'a> {
+    status: Buffer<'a>,
+    data: u32,
+}
+
+impl Answer<'_> {
+    /// Writes the status. Gives the number of bytes that were written in all: `data` bytes, if the request went well, and the status.
+    pub fn finish(self, status: Status) -> u32 {
+        self.status.copy_from(&[status as u8]);
+        if status == Status::Ok { self.data.saturating_add(1) } else { 1 }
+    }
+}
+
+/// There is no place for an answer: not even a status byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("A request without a header or a status byte")]
+pub struct Unanswerable;
+
+impl<'a> Request<'a> {
+    /// Reads the request of a chain, and where its answer goes. The inner error is the answer to a request that can be given one.
+    ///
+    /// # Errors
+    /// [`Unanswerable`].
+    pub fn read(chain: &'a Chain, limits: &Limits) -> Result<(Result<Request<'a>, Status>, Answer<'a>), Unanswerable> {
+        let (header, sent) = chain.readable().take_array::<HEADER>().ok_or(Unanswerable)?;
+        let (room, status) = chain.writable().split_last(1).ok_or(Unanswerable)?;
+        let [k0, k1, k2, k3, _, _, _, _, s @ ..] = header;
+        let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+        let sector = u64::from_le_bytes(s);
+        let request = Request::of(kind, sector, sent, room, limits);
+        let data = match &request {
+            Ok(Request::Read { data, .. } | Request::GetId(data)) => data.len(),
+            _ => 0,
+        };
+        Ok((request, Answer { status, data }))
+    }
+
+    fn of(kind: u32, sector: u64, sent: Buffer<'a>, room: Buffer<'a>, limits: &Limits) -> Result<Request<'a>, Status> {
+        match kind {
+            IN => Ok(Request::Read { offset: extent(sector, room.len(), limits)?, data: room }),
+            OUT => {
+                writable(limits)?;
+                Ok(Request::Write { offset: extent(sector, sent.len(), limits)?, data: sent })
+            }
+            FLUSH => Ok(Request::Flush),
+            GET_ID => {
+                let (id, _) = room.split_at(u32::try_from(SERIAL).unwrap_or(0));
+                Ok(Request::GetId(id))
+            }
+            DISCARD => Ok(Request::Discard(ranges(sent, 0, limits)?)),
+            WRITE_ZEROES => Ok(Request::WriteZeroes(ranges(sent, UNMAP, limits)?)),
+            _ => Err(Status::Unsupported),
+        }
+    }
+}
+
+fn writable(limits: &Limits) -> Result<(), Status> {
+    if limits.read_only { Err(Status::IoError) } else { Ok(()) }
+}
+
+/// The first byte of so many bytes at a sector, if they are whole sectors of the disk.
+fn extent(sector: u64, len: u32, limits: &Limits) -> Result<u64, Status> {
+    let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+    let end = offset.checked_add(len.into()).ok_or(Status::IoError)?;
+    if end > limits.bytes || !u64::from(len).is_multiple_of(SECTOR) {
+        return Err(Status::IoError);
+    }
+    Ok(offset)
+}
+
+/// The ranges of a discard or write-zeroes request, of whose flags only `known` ones may be set.
+fn ranges(sent: Buffer<'_>, known: u32, limits: &Limits) -> Result<Ranges, Status> {
+    writable(limits)?;
+    let mut ranges = Ranges::default();
+    let mut rest = sent;
+    while !rest.is_empty() {
+        let (bytes, after) = rest.take_array::<RANGE>().ok_or(Status::IoError)?;
+        let [a, b, c, d, e, f, g, h, l0, l1, l2, l3, f0, f1, f2, f3] = bytes;
+        let sector = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        let sectors = u32::from_le_bytes([l0, l1, l2, l3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        if flags & !known != 0 {
+            return Err(Status::Unsupported);
+        }
+        if sectors > MAX_RANGE_SECTORS {
+            return Err(Status::IoError);
+        }
+        let len = sectors.checked_mul(u32::try_from(SECTOR).unwrap_or(0)).ok_or(Status::IoError)?;
+        let offset = extent(sector, len, limits)?;
+        ranges.push(Range { offset, len: len.into(), unmap: flags & UNMAP != 0 }).ok_or(Status::IoError)?;
+        rest = after;
+    }
+    Ok(ranges)
+}
