@@ -1,2 +1,20 @@
-//! The program.
-fn main() {}
+//! `outboard-console`: a vhost-user server for virtio-console.
+
+use std::process::ExitCode;
+
+use console::args::{Args, Config};
+use console::device::Console;
+use console::port::Port;
+use console::sandbox::POLICY;
+use vhost_user::Backend;
+
+fn main() -> ExitCode {
+    daemon::main(|startup: daemon::Startup<Args>| {
+        let config = Config::from(startup.args());
+        let trust = startup.args().memory.trust();
+        let (port, _restored_at_the_end) = Port::open(&config)?;
+        let confined = startup.confine(&POLICY)?;
+        let mut backend = Backend::new(Console::new(port, &confined)?, trust)?;
+        confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))
+    })
+}

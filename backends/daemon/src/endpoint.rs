@@ -22,7 +22,7 @@ pub(crate) enum Endpoint {
 impl Endpoint {
     pub(crate) fn open(socket: &Socket) -> Result<Endpoint> {
         match (&socket.socket_path, socket.fd) {
-            (Some(path), _) => listen(path),
+            (Some(path), _) => listen(path).map(Endpoint::Listening),
             (None, Some(fd)) => {
                 let socket = sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} of --fd is not open"))?;
                 from_fd(socket).with_context(|| format!("Cannot use descriptor {fd} of --fd"))
@@ -50,7 +50,11 @@ fn from_fd(fd: OwnedFd) -> Result<Endpoint> {
     Ok(if listening { Endpoint::Listening(fd.into()) } else { Endpoint::Connected(fd.into()) })
 }
 
-fn listen(path: &Path) -> Result<Endpoint> {
+/// Listens on a unix socket at `path`. A socket that a dead process has left there is replaced.
+///
+/// # Errors
+/// When there is a file that is no socket, another process listens, or the path cannot be used.
+pub fn listen(path: &Path) -> Result<UnixListener> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             remove_stale(path)?;
@@ -58,7 +62,7 @@ fn listen(path: &Path) -> Result<Endpoint> {
         }
         other => other,
     };
-    listener.map(Endpoint::Listening).with_context(|| format!("Cannot listen on {}", path.display()))
+    listener.with_context(|| format!("Cannot listen on {}", path.display()))
 }
 
 /// Removes a socket that a process has left behind, and nothing else.

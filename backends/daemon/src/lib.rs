@@ -24,7 +24,8 @@ mod parent;
 mod startup;
 
 pub use args::{Arguments, Base, Capabilities, LogFormat, LogLevel, Socket};
-pub use startup::{Confined, Startup, main};
+pub use endpoint::listen;
+pub use startup::{Confined, Startup, Stopper, main};
 
 /// System calls that every thread of ours needs, with the reason.
 pub mod rules {

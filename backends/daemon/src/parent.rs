@@ -13,10 +13,15 @@ use anyhow::{Context, Result};
 use caps::CapSet;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_dumpable_behavior, waitid};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use sandbox::{Filter, Rule, Spawn, When, allow, allow_if, signal_fd, spawn};
 
 /// Signals that are passed on.
 const FORWARDED: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH];
+
+/// The numbers of ioctls, as the filter sees them.
+const TCSETS: u32 = 0x5402;
+const TCSETS2: u32 = 0x402c_542b;
 
 /// Bytes of one signal as a signal descriptor tells it; the number comes first.
 const SIGNAL_INFO: usize = 128;
@@ -28,6 +33,8 @@ const RULES: &[Rule] = &[
     allow(libc::SYS_pidfd_send_signal, "passing it on"),
     allow(libc::SYS_waitid, "how the child ended"),
     allow(libc::SYS_unlinkat, "the file of the child's socket"),
+    allow_if(libc::SYS_ioctl, &[When::Is(1, TCSETS2)], "the terminal is put back"),
+    allow_if(libc::SYS_ioctl, &[When::Is(1, TCSETS)], "the terminal is put back"),
     allow(libc::SYS_close, "the descriptors at the end"),
     allow_if(
         libc::SYS_fcntl,
@@ -47,6 +54,8 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
     let inherited: Vec<_> = keep.iter().filter_map(|fd| Some((sandbox::inherited(*fd)?, *fd))).collect();
     let signals = signal_fd(&FORWARDED).context("Cannot block signals")?;
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    // Asked before the child changes it.
+    let terminal = tcgetattr(&stdin).ok();
     let child = spawn(&Spawn {
         program: &program,
         args: env::args_os().skip(1).collect(),
@@ -60,6 +69,10 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
     drop(inherited);
     give_up()?;
     let status = wait(child.pid, child.pidfd.as_fd(), signals.as_fd())?;
+    // Also when the child was killed before it could do so.
+    if let Some(before) = terminal {
+        let _gone = tcsetattr(&stdin, OptionalActions::Now, &before);
+    }
     if let Some(path) = socket {
         let _already_gone = rustix::fs::unlink(path);
     }

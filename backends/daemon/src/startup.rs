@@ -8,7 +8,7 @@ use std::{fs, panic, process, thread};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::error::ErrorKind;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use sandbox::{Filter, Policy, close_all_but, confine, signal_fd};
 use tracing::{debug, info, warn};
 
@@ -123,7 +123,7 @@ impl<A: Arguments> Startup<A> {
         let endpoint = self.args.socket().map(Endpoint::open).transpose()?;
         let control = Filter::new(policy.control)?;
         // Blocked before there are threads, so that they inherit it.
-        let stop = signal_fd(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP]).context("Cannot block signals")?;
+        let stop = Stop::new()?;
         let kernel =
             confine(&policy.limits, self.args.base().sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
         debug!(landlock = kernel.landlock, mdwe = kernel.refuses_executable_memory, "confined");
@@ -137,7 +137,39 @@ pub struct Confined {
     policy: &'static Policy,
     endpoint: Option<Endpoint>,
     control: Filter,
-    stop: OwnedFd,
+    stop: Stop,
+}
+
+/// What becomes readable when the process is to end: because of a signal, or because the program itself says so.
+#[derive(Debug)]
+struct Stop {
+    either: OwnedFd,
+    own: OwnedFd,
+    _signals: OwnedFd,
+}
+
+impl Stop {
+    fn new() -> Result<Stop> {
+        let signals = signal_fd(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP]).context("Cannot block signals")?;
+        let what = "Cannot watch for the end";
+        let own = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(what)?;
+        let either = epoll::create(epoll::CreateFlags::CLOEXEC).context(what)?;
+        for fd in [&signals, &own] {
+            epoll::add(&either, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).context(what)?;
+        }
+        Ok(Stop { either, own, _signals: signals })
+    }
+}
+
+/// Ends the process in order, from any of its threads.
+#[derive(Debug)]
+pub struct Stopper(OwnedFd);
+
+impl Stopper {
+    /// The process is to end, as if it had got a SIGTERM.
+    pub fn stop(&self) {
+        let _already_stopping = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
 }
 
 impl Confined {
@@ -161,6 +193,14 @@ impl Confined {
         Ok(told.recv().context("A thread ended at its start")??)
     }
 
+    /// For a thread that may decide that the process is to end.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn stopper(&self) -> Result<Stopper> {
+        Ok(Stopper(self.stop.own.try_clone().context("Cannot watch for the end")?))
+    }
+
     /// Installs the control thread's filter and runs `body`, which is given a descriptor that becomes readable when the process
     /// is asked to end.
     ///
@@ -168,7 +208,7 @@ impl Confined {
     /// What `body` returns.
     pub fn run<T>(self, body: impl FnOnce(BorrowedFd<'_>) -> Result<T>) -> Result<T> {
         self.control.install()?;
-        body(self.stop.as_fd())
+        body(self.stop.either.as_fd())
     }
 
     /// Serves frontends: the connected one until it ends, or one after the other where the process listens. `each` serves
@@ -181,11 +221,11 @@ impl Confined {
         let endpoint = endpoint.context("There is no socket to serve")?;
         control.install()?;
         match endpoint {
-            Endpoint::Connected(stream) => each(stream, stop.as_fd())?,
+            Endpoint::Connected(stream) => each(stream, stop.either.as_fd())?,
             Endpoint::Listening(listener) => {
-                while let Some(stream) = next_frontend(&listener, stop.as_fd())? {
+                while let Some(stream) = next_frontend(&listener, stop.either.as_fd())? {
                     info!("a frontend has come");
-                    if let Err(error) = each(stream, stop.as_fd()) {
+                    if let Err(error) = each(stream, stop.either.as_fd()) {
                         let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
                         warn!(target: "guest", "The frontend's connection ended: {chain}");
                     }

@@ -1,0 +1,193 @@
+//! The device: two queues, one thread, and the terminal's size as configuration.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::Result;
+use daemon::{Confined, Stopper};
+use rustix::event::PollFlags;
+use virtio::device::{Device, Host, Identity, read_config};
+use virtio::worker::{SOURCES, Serve, Slots, Source, Worker, Workers, run};
+use virtio::{Queue, QueueState, feature};
+
+use crate::metrics;
+use crate::port::{Port, Size, Typed};
+use crate::request::{Input, Output};
+use crate::sandbox::THREAD;
+
+/// The virtio device id of a console.
+const ID: u32 = 3;
+
+/// Largest ring.
+const QUEUE_SIZE: u16 = 256;
+
+/// From the port to the guest.
+const RECEIVE: u16 = 0;
+/// From the guest to the port.
+const TRANSMIT: u16 = 1;
+
+/// `VIRTIO_CONSOLE_F_SIZE`: columns and rows are valid.
+const F_SIZE: u64 = 1;
+
+/// Bytes of the configuration space (virtio 1.3, 5.3.4).
+const CONFIG_LEN: u32 = 12;
+
+/// What a console without a terminal says of itself.
+const NO_TERMINAL: Size = Size { columns: 80, rows: 25 };
+
+/// Bytes moved at once.
+const PIECE: usize = 4096;
+
+/// What thread and device share: the size, and the way to the frontend.
+#[derive(Debug, Default)]
+struct Shared {
+    size: AtomicU32,
+    host: OnceLock<Host>,
+}
+
+impl Shared {
+    fn set(&self, size: Size) {
+        self.size.store(u32::from(size.columns) | u32::from(size.rows) << 16, Ordering::Relaxed);
+    }
+}
+
+/// A virtio-console device with one port.
+#[derive(Debug)]
+pub struct Console {
+    workers: Workers,
+    shared: Arc<Shared>,
+}
+
+impl Console {
+    /// Starts the device's thread.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn new(port: Port, confined: &Confined) -> Result<Console> {
+        let shared = Arc::new(Shared::default());
+        shared.set(port.size().unwrap_or(NO_TERMINAL));
+        let (worker, mailbox) = Worker::new()?;
+        let stopper = confined.stopper()?;
+        let server = Relay { port, typed: [0; PIECE], waiting: 0, shared: Arc::clone(&shared), stopper };
+        confined.spawn(THREAD, "port0".to_owned(), move || run(server, mailbox))?;
+        Ok(Console { workers: Workers::new(vec![worker]), shared })
+    }
+}
+
+impl Device for Console {
+    fn identity(&self) -> Identity {
+        Identity { id: ID, features: feature::RING | F_SIZE, queues: 2, queue_size: QUEUE_SIZE, config_len: CONFIG_LEN }
+    }
+
+    fn read_config(&self, offset: u32, buf: &mut [u8]) {
+        let mut config = [0; CONFIG_LEN as usize];
+        let (size, rest) = config.split_at_mut(4);
+        size.copy_from_slice(&self.shared.size.load(Ordering::Relaxed).to_le_bytes());
+        if let Some(ports) = rest.get_mut(..4) {
+            ports.copy_from_slice(&1u32.to_le_bytes());
+        }
+        read_config(&config, offset, buf);
+    }
+
+    fn start(&mut self, index: u16, queue: Queue) -> io::Result<()> {
+        self.workers.start(index, queue)
+    }
+
+    fn stop(&mut self, index: u16) -> Option<QueueState> {
+        self.workers.stop(index)
+    }
+
+    fn reset(&mut self) {}
+
+    fn attach(&mut self, host: Host) {
+        let _attached_once = self.shared.host.set(host);
+    }
+}
+
+/// What the thread does.
+#[derive(Debug)]
+struct Relay {
+    port: Port,
+    /// Typed, and not delivered yet: the first `waiting` bytes.
+    typed: [u8; PIECE],
+    waiting: usize,
+    shared: Arc<Shared>,
+    stopper: Stopper,
+}
+
+impl Relay {
+    /// Delivers what was typed into the buffers the guest has put out for it.
+    fn deliver(&mut self, slots: &mut Slots) -> bool {
+        let Some(slot) = slots.get(RECEIVE) else { return false };
+        let has_typed = |relay: &mut Relay| relay.waiting > 0;
+        slot.drain_while(self, has_typed, |relay, chain| {
+            let Ok(Input(room)) = Input::read(chain) else {
+                metrics::BAD_REQUESTS.add(1);
+                return 0;
+            };
+            let count = room.copy_from(relay.typed.get(..relay.waiting).unwrap_or_default());
+            relay.typed.copy_within(count..relay.waiting, 0);
+            relay.waiting -= count;
+            metrics::TYPED_BYTES.add(count as u64);
+            u32::try_from(count).unwrap_or(0)
+        })
+    }
+
+    fn show(&mut self, slots: &mut Slots) -> bool {
+        let port = &mut self.port;
+        slots.get(TRANSMIT).is_some_and(|slot| {
+            slot.drain(|chain| {
+                match Output::read(chain) {
+                    Ok(Output(mut bytes)) => {
+                        let mut piece = [0; PIECE];
+                        while !bytes.is_empty() {
+                            let count = bytes.copy_to(&mut piece);
+                            port.write(piece.get(..count).unwrap_or_default());
+                            metrics::SHOWN_BYTES.add(count as u64);
+                            bytes = bytes.split_at(u32::try_from(count).unwrap_or(u32::MAX)).1;
+                        }
+                    }
+                    Err(_) => metrics::BAD_REQUESTS.add(1),
+                }
+                0
+            })
+        })
+    }
+
+    fn read_port(&mut self, slots: &mut Slots) {
+        let room = self.typed.get_mut(self.waiting..).unwrap_or_default();
+        match self.port.read(room) {
+            Typed::Bytes(count) => self.waiting += count,
+            Typed::Leave => self.stopper.stop(),
+            Typed::Nothing | Typed::Ended => {}
+        }
+        self.deliver(slots);
+    }
+
+    fn size_changed(&mut self) {
+        self.port.acknowledge_size();
+        let Some(size) = self.port.size() else { return };
+        self.shared.set(size);
+        if let Some(host) = self.shared.host.get() {
+            host.config_changed();
+        }
+    }
+}
+
+impl Serve for Relay {
+    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool {
+        if index == RECEIVE { self.deliver(slots) } else { self.show(slots) }
+    }
+
+    fn sources(&self, slots: &Slots) -> [Option<Source<'_>>; SOURCES] {
+        // Nothing is read that could not be delivered: the typist waits. A client is let in at any time.
+        let wanted = self.waiting == 0 && (slots.has(RECEIVE) || self.port.is_listening());
+        let input = self.port.source().filter(|_| wanted);
+        [input, self.port.size_changes()].map(|fd| fd.map(|fd| (fd, PollFlags::IN)))
+    }
+
+    fn ready(&mut self, which: usize, _events: PollFlags, slots: &mut Slots) {
+        if which == 0 { self.read_port(slots) } else { self.size_changed() }
+    }
+}
