@@ -140,7 +140,7 @@ impl Opened {
 
 fn processors(kvm: &Kvm, vm: &Vm, supported: &CpuId, count: u8) -> Result<Vec<Cpu>, kvm::Error> {
     let msrs = cpu::msr_indices(kvm)?;
-    (0..count).map(|id| Cpu::new(vm, id, &cpuid::of_processor(supported, id, count), &msrs)).collect()
+    (0..count).map(|id| Cpu::new(vm, id, &cpuid::of_processor(supported, id, count)?, &msrs)).collect()
 }
 
 /// An inherited descriptor, as ours: a duplicate that a child would not inherit. The kernel is asked for it by number, which

@@ -3,7 +3,7 @@
 //! The guest sees one package of single-threaded cores. That is what every scheduler handles well, and it is the truth as
 //! far as the guest can use it: where the host runs a processor is not fixed.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::kvm::{Error, call};
@@ -31,14 +31,14 @@ pub fn physical_bits(list: &CpuId) -> u8 {
 }
 
 /// The list of processor `id` of `count`.
-pub fn of_processor(supported: &CpuId, id: u8, count: u8) -> CpuId {
+pub fn of_processor(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, Error> {
     const HYPERVISOR: u32 = 1 << 31;
     const HTT: u32 = 1 << 28;
     let (id, count) = (u32::from(id), u32::from(count));
     // Bits of an APIC id that tell the cores of a package apart.
     let bits = count.next_power_of_two().trailing_zeros();
-    let mut list = supported.clone();
-    for entry in list.as_mut_slice() {
+    let mut list: Vec<_> = supported.as_slice().iter().filter(|e| !TOPOLOGY.contains(&e.function)).copied().collect();
+    for entry in &mut list {
         match entry.function {
             0x1 => {
                 entry.ebx = (entry.ebx & 0xffff) | count << 16 | id << 24;
@@ -52,7 +52,6 @@ pub fn of_processor(supported: &CpuId, id: u8, count: u8) -> CpuId {
                 let cores = count.next_power_of_two() - 1;
                 entry.eax = (entry.eax & 0x3fff) | sharing << 14 | cores.min(63) << 26;
             }
-            0xb | 0x1f => topology(entry, id, count, bits),
             // AMD: number of cores, and how many bits of the APIC id they take.
             0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (count - 1) | bits << 12,
             0x8000_001e => {
@@ -63,22 +62,29 @@ pub fn of_processor(supported: &CpuId, id: u8, count: u8) -> CpuId {
             _ => {}
         }
     }
-    list
+    // KVM lists these leaves as empty ones: what is in them is for the VMM to say. Leaf 0x1f is only there for machines with
+    // levels that this one has not.
+    list.extend((0..2).map(|index| topology(index, id, count, bits)));
+    CpuId::from_entries(&list).map_err(|_| Error::Lacks { what: "room for processor features" })
 }
 
-/// The extended topology leaves: one thread in a core, `count` cores in the package.
-fn topology(entry: &mut kvm_cpuid_entry2, id: u32, count: u32, bits: u32) {
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+
+/// The extended topology leaf: one thread in a core, `count` cores in the package.
+fn topology(index: u32, id: u32, count: u32, bits: u32) -> kvm_cpuid_entry2 {
     const THREADS: u32 = 1;
     const CORES: u32 = 2;
-    let (shift, number, kind) = match entry.index {
-        0 => (0, 1, THREADS),
-        1 => (bits, count, CORES),
-        _ => (0, 0, 0),
-    };
-    entry.eax = shift;
-    entry.ebx = number;
-    entry.ecx = entry.index | kind << 8;
-    entry.edx = id;
+    let (shift, number, kind) = if index == 0 { (0, 1, THREADS) } else { (bits, count, CORES) };
+    kvm_cpuid_entry2 {
+        function: 0xb,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: number,
+        ecx: index | kind << 8,
+        edx: id,
+        ..Default::default()
+    }
 }
 
 #[cfg(test)]
@@ -87,15 +93,14 @@ mod tests {
 
     fn list() -> CpuId {
         let entry = |function, index| kvm_cpuid_entry2 { function, index, ebx: 0xffff_ffff, ..Default::default() };
-        CpuId::from_entries(&[entry(1, 0), entry(0xb, 0), entry(0xb, 1), entry(0x8000_0008, 0), entry(0x8000_001e, 0)])
-            .unwrap()
+        CpuId::from_entries(&[entry(1, 0), entry(0xb, 0), entry(0x8000_0008, 0), entry(0x8000_001e, 0)]).unwrap()
     }
 
     #[test]
     fn each_processor_has_its_own_number_everywhere() {
         for (id, count) in [(0, 1), (0, 2), (5, 6), (63, 64)] {
-            let list = of_processor(&list(), id, count);
-            let [basic, threads, cores, size, extended] = list.as_slice() else { panic!() };
+            let list = of_processor(&list(), id, count).unwrap();
+            let [basic, size, extended, threads, cores] = list.as_slice() else { panic!() };
             let id = u32::from(id);
             assert_eq!((basic.ebx >> 24, threads.edx, cores.edx, extended.eax), (id, id, id, id));
             assert_eq!(basic.ebx >> 16 & 0xff, u32::from(count));
@@ -107,7 +112,7 @@ mod tests {
 
     #[test]
     fn one_processor_has_no_siblings() {
-        let list = of_processor(&list(), 0, 1);
+        let list = of_processor(&list(), 0, 1).unwrap();
         assert_eq!(list.as_slice()[0].edx >> 28 & 1, 0);
     }
 }
