@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Parser, ValueEnum};
+use daemon::{Arguments, Base};
 use thiserror::Error;
 
 use crate::classes::{self, Class};
@@ -21,7 +22,7 @@ const MAX_MEMORY: u64 = 1 << 40;
 const PAGE: u64 = 4096;
 
 /// A virtual machine: processors, memory, PCI, and devices that are served by other processes.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 #[command(name = "outboard-vmm", version, about)]
 pub struct Args {
     /// Kernel: a bzImage, or an ELF vmlinux with a PVH note
@@ -51,6 +52,26 @@ pub struct Args {
     /// What a reset of the machine does
     #[arg(long, value_enum, value_name = "WHAT", default_value = "restart")]
     pub on_reboot: OnReboot,
+    #[command(flatten)]
+    base: Base,
+}
+
+impl Arguments for Args {
+    fn base(&self) -> &Base {
+        &self.base
+    }
+
+    fn inherited(&self) -> Vec<RawFd> {
+        let devices = self.devices.iter().filter_map(|d| match d.reach {
+            Reach::Fd(fd) => Some(fd),
+            Reach::Socket(_) => None,
+        });
+        let serial = match self.serial {
+            SerialSpec::Fd(fd) => Some(fd),
+            SerialSpec::None | SerialSpec::Stdio => None,
+        };
+        devices.chain(serial).chain(self.control_fd).collect()
+    }
 }
 
 /// What a reset of the machine does.
@@ -221,9 +242,15 @@ pub struct Config {
     pub on_reboot: OnReboot,
 }
 
-impl TryFrom<Args> for Config {
+impl TryFrom<&Args> for Config {
     type Error = Usage;
-    fn try_from(args: Args) -> Result<Self, Usage> {
+    fn try_from(args: &Args) -> Result<Self, Usage> {
+        let args = args.clone();
+        let mut descriptors = BTreeSet::new();
+        // A descriptor has one owner; the first three are the standard streams.
+        if let Some(fd) = args.inherited().into_iter().find(|fd| *fd < 3 || !descriptors.insert(*fd)) {
+            return usage(format!("descriptor {fd} cannot be used here, or is used twice"));
+        }
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&args.memory) || !args.memory.is_multiple_of(PAGE) {
             return usage("--memory has to be a whole number of pages from 16M to 1T");
         }
@@ -301,15 +328,17 @@ mod tests {
     fn what_does_not_fit_together_is_refused() {
         let config = |extra: &[&str]| {
             let words = ["outboard-vmm", "--kernel", "k"].iter().chain(extra);
-            Config::try_from(Args::try_parse_from(words).map_err(|e| Usage(e.to_string()))?)
+            Config::try_from(&Args::try_parse_from(words).map_err(|e| Usage(e.to_string()))?)
         };
         assert!(config(&[]).is_ok());
         assert!(config(&["--memory", "1M"]).is_err());
         assert!(config(&["--memory", "33554433"]).is_err());
+        assert!(config(&["--device", "a,class=rng,fd=3", "--control-fd", "3"]).is_err());
+        assert!(config(&["--serial", "fd=1"]).is_err());
         assert!(config(&["--cpus", "0"]).is_err());
         assert!(config(&["--cpus", "65"]).is_err());
         assert!(config(&["--device", "a,class=rng,fd=3", "--device", "a,class=rng,fd=4"]).is_err());
-        let slots: Vec<String> = (0..32).map(|i| format!("--device=d{i},class=rng,fd=3")).collect();
+        let slots: Vec<String> = (0..32).map(|i| format!("--device=d{i},class=rng,socket=s{i}")).collect();
         assert!(config(&slots.iter().map(String::as_str).collect::<Vec<_>>()).is_err());
     }
 }

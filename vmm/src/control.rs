@@ -100,6 +100,7 @@ pub struct Control {
 /// Whose descriptor is ready.
 #[derive(Clone, Copy, Debug)]
 enum Token {
+    Stop,
     Doorbell,
     Socket,
     Output,
@@ -124,15 +125,17 @@ impl Control {
     }
 
     /// Runs the machine to its end.
-    pub fn run(mut self) -> Result<Status, Error> {
-        let outcome = self.serve();
+    ///
+    /// `stop` becomes readable when the process is asked to end.
+    pub fn run(mut self, stop: BorrowedFd<'_>) -> Result<Status, Error> {
+        let outcome = self.serve(stop);
         if let Some((_, terminal)) = &mut self.serial {
             terminal.flush();
         }
         outcome
     }
 
-    fn serve(&mut self) -> Result<Status, Error> {
+    fn serve(&mut self, stop: BorrowedFd<'_>) -> Result<Status, Error> {
         let entry = self.board.load()?;
         self.shared.gate.gather(usize::from(self.board.platform.cpus));
         self.order(Order::Enter(entry))?;
@@ -142,7 +145,7 @@ impl Control {
         self.tell(&Event::Started);
         self.order(Order::Run)?;
         loop {
-            for token in self.wait()? {
+            for token in self.wait(stop)? {
                 if let Some(status) = self.handle(token)? {
                     return Ok(status);
                 }
@@ -154,9 +157,9 @@ impl Control {
         self.shared.gate.order(order).map_err(Error::Broken)
     }
 
-    fn wait(&self) -> Result<Vec<Token>, Error> {
-        let mut tokens = Vec::new();
-        let mut fds = Vec::new();
+    fn wait(&self, stop: BorrowedFd<'_>) -> Result<Vec<Token>, Error> {
+        let mut tokens = vec![Token::Stop];
+        let mut fds = vec![PollFd::from_borrowed_fd(stop, PollFlags::IN)];
         self.watch(|token, fd, flags| {
             tokens.push(token);
             fds.push(PollFd::from_borrowed_fd(fd, flags));
@@ -194,6 +197,7 @@ impl Control {
 
     fn handle(&mut self, token: Token) -> Result<Option<Status>, Error> {
         match token {
+            Token::Stop => return Ok(Some(Status::Done)),
             Token::Doorbell => return self.answer(),
             Token::Socket => return self.obey(),
             Token::Output => {

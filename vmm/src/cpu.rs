@@ -139,6 +139,11 @@ impl Cpu {
         Ok(Self { id, fd, power_on })
     }
 
+    /// What its thread is called.
+    pub fn thread_name(&self) -> String {
+        format!("cpu{}", self.id)
+    }
+
     /// The first processor begins in the kernel; the others wait until it calls them.
     fn enter(&self, entry: &Entry) -> Result<(), Error> {
         if self.id != 0 {
@@ -161,7 +166,7 @@ impl Cpu {
     }
 
     /// The thread. Ends with the process.
-    pub fn run(mut self, shared: &Shared) {
+    pub fn run(self, shared: &Shared) {
         let kick = Kick::new(self.fd);
         let mut ticket = shared.gate.join(kick.share());
         loop {

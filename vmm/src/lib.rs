@@ -8,7 +8,7 @@
 //! | `machine` | start-up in three types: opened, built, started |
 //! | `control` | the control thread's poll loop, the control socket |
 //! | `cpu`, `events` | processors: state, thread, orders to them and reports from them |
-//! | `kvm`, `memory` | everything `unsafe`; guest RAM |
+//! | `kvm`, `memory`, `sandbox` | everything `unsafe`; guest RAM; what each thread may do |
 //! | `kernel`, `boot`, `acpi` | what the guest finds in memory when it starts |
 //! | `bus`, `pci`, `virtio` | what it finds when it looks around |
 //! | `serial`, `cmos`, `i8042`, `pm`, `pvpanic` | the rest of a PC |
@@ -33,5 +33,6 @@ pub mod memory;
 pub mod pci;
 pub mod pm;
 pub mod pvpanic;
+pub mod sandbox;
 pub mod serial;
 pub mod virtio;

@@ -8,13 +8,14 @@
 //!    [`Control`] loop that lets the processors run.
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
+use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
 use crate::acpi::Platform;
@@ -26,7 +27,7 @@ use crate::cpu::gate::Gate;
 use crate::cpu::{self, Cpu, Shared, cpuid};
 use crate::events::Doorbell;
 use crate::kernel::{self, Images};
-use crate::kvm::{self, Event, Hypervisor, Vm};
+use crate::kvm::{self, Chips, Event, Hypervisor, Vm};
 use crate::memory::{self, Memory};
 use crate::pci::{self, Allocator, Function, Pci};
 use crate::pm::{self, Power};
@@ -103,18 +104,19 @@ pub struct Opened {
 
 impl Opened {
     /// Opens kernel, initrd, /dev/kvm, sockets and descriptors, in the order in which people make mistakes.
-    pub fn open(config: Config) -> Result<Self, Error> {
+    ///
+    /// `inherit` takes over a descriptor by its number.
+    pub fn open(config: Config, inherit: impl Fn(RawFd) -> anyhow::Result<OwnedFd>) -> Result<Self, Error> {
+        let inherit = move |fd, what| {
+            inherit(fd).map_err(|e| Error::Descriptor { fd, what, source: io::Error::other(format!("{e:#}")) })
+        };
         let images = Images::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
         images.place(config.memory)?;
         let software_kvm = Path::new("/sys/module/kvm_pvm").exists();
         let kvm = kvm::open()?;
-        let streams = config.devices.iter().map(reach).collect::<Result<_, _>>()?;
-        let serial = match config.serial {
-            SerialSpec::None => None,
-            SerialSpec::Stdio => Some((adopt(1, "COM1")?, adopt(0, "COM1").ok())),
-            SerialSpec::Fd(fd) => Some((adopt(fd, "COM1")?, adopt(fd, "COM1").ok())),
-        };
-        let control = config.control_fd.map(|fd| adopt(fd, "control socket")).transpose()?.map(ControlSocket::new);
+        let streams = config.devices.iter().map(|device| reach(device, &inherit)).collect::<Result<_, _>>()?;
+        let serial = stdio(&config, &inherit)?;
+        let control = config.control_fd.map(|fd| inherit(fd, "the control socket")).transpose()?.map(ControlSocket::new);
         Ok(Self { config, kvm, software_kvm, images, streams, serial, control })
     }
 
@@ -133,41 +135,49 @@ impl Opened {
             mmio64: memory::mmio64(self.config.memory, cpuid::physical_bits(&supported)),
             serial: self.serial.is_some(),
         };
-        let machine = Machine { opened: self, memory, vm, platform, shared: Arc::clone(&shared) };
+        let chips = vm.snapshot()?;
+        let machine = Machine { opened: self, memory, vm, chips, platform, shared: Arc::clone(&shared) };
         Ok((machine, cpus, shared))
     }
 }
+
+/// Takes a descriptor over, for the purpose that is named.
+type Inherit<'a> = dyn Fn(RawFd, &'static str) -> Result<OwnedFd, Error> + 'a;
 
 fn processors(kvm: &Kvm, vm: &Vm, supported: &CpuId, count: u8) -> Result<Vec<Cpu>, kvm::Error> {
     let msrs = cpu::msr_indices(kvm)?;
     (0..count).map(|id| Cpu::new(vm, id, &cpuid::of_processor(supported, id, count)?, &msrs)).collect()
 }
 
-/// An inherited descriptor, as ours: a duplicate that a child would not inherit. The kernel is asked for it by number, which
-/// is safe where wrapping the number itself would claim an ownership nobody can prove.
-fn adopt(fd: RawFd, what: &'static str) -> Result<OwnedFd, Error> {
-    let own = || {
-        let process = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())?;
-        rustix::process::pidfd_getfd(process, fd, rustix::process::PidfdGetfdFlags::empty())
-    };
-    own().map_err(|e| Error::Descriptor { fd, what, source: e.into() })
-}
-
-fn reach(device: &DeviceSpec) -> Result<UnixStream, Error> {
+fn reach(device: &DeviceSpec, inherit: &Inherit<'_>) -> Result<UnixStream, Error> {
     let failed = |source| Error::Reach { device: device.name.clone(), source };
     match &device.reach {
-        Reach::Socket(path) => UnixStream::connect(path).map_err(|e| {
-            failed(io::Error::new(e.kind(), format!("{}: {e}", path.display())))
-        }),
+        Reach::Socket(path) => UnixStream::connect(path)
+            .map_err(|e| failed(io::Error::new(e.kind(), format!("{}: {e}", path.display())))),
         Reach::Fd(fd) => {
-            let socket = adopt(*fd, "device socket")?;
-            let domain = rustix::net::sockopt::socket_domain(&socket).map_err(|e| failed(e.into()))?;
-            if domain != rustix::net::AddressFamily::UNIX {
-                return Err(failed(io::Error::other("it is not a Unix socket")));
+            let socket = inherit(*fd, "the socket of a device")?;
+            let kind = rustix::net::sockopt::socket_domain(&socket).and_then(|domain| {
+                rustix::net::sockopt::socket_type(&socket).map(|kind| (domain, kind))
+            });
+            match kind.map_err(|e| failed(e.into()))? {
+                (AddressFamily::UNIX, SocketType::STREAM) => Ok(UnixStream::from(socket)),
+                _ => Err(failed(io::Error::other(format!("descriptor {fd} is not a Unix stream socket")))),
             }
-            Ok(UnixStream::from(socket))
         }
     }
+}
+
+fn stdio(config: &Config, inherit: &Inherit<'_>) -> Result<Option<(OwnedFd, Option<OwnedFd>)>, Error> {
+    let (output, input) = match config.serial {
+        SerialSpec::None => return Ok(None),
+        SerialSpec::Stdio => (io::stdout().as_fd().try_clone_to_owned(), io::stdin().as_fd().try_clone_to_owned()),
+        SerialSpec::Fd(fd) => {
+            let both = inherit(fd, "COM1")?;
+            (both.try_clone(), Ok(both))
+        }
+    };
+    let output = output.map_err(host("use standard output as COM1"))?;
+    Ok(Some((serial::own_description(output), input.ok())))
 }
 
 /// Step 3: a machine whose processors wait at the gate.
@@ -175,6 +185,7 @@ pub struct Machine {
     opened: Opened,
     memory: &'static Memory,
     vm: Arc<Vm>,
+    chips: Chips,
     platform: Platform,
     shared: Arc<Shared>,
 }
@@ -182,7 +193,7 @@ pub struct Machine {
 impl Machine {
     /// Greets every backend and fills the board. Nothing runs yet.
     pub fn start(self) -> Result<Control, Error> {
-        let Self { opened, memory, vm, platform, shared } = self;
+        let Self { opened, memory, vm, chips, platform, shared } = self;
         if opened.software_kvm {
             tracing::warn!(
                 "This machine's KVM (kvm_pvm) works without processor support: many kernels do not run on it"
@@ -206,7 +217,6 @@ impl Machine {
             bus.attach(serial::PORT, 8, Arc::clone(com1) as _);
         }
         let _ = shared.bus.set(bus);
-        let chips = vm.snapshot()?;
         let board = Board { memory, vm, chips, pci, power, images: opened.images, cmdline: opened.config.cmdline, platform };
         let software_kvm = opened.software_kvm;
         Ok(Control::new(board, shared, remotes, serial, opened.control, opened.config.on_reboot, software_kvm))

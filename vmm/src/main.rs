@@ -1,28 +1,22 @@
-//! The program.
+//! `outboard-vmm`: one virtual machine.
+
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
 use vmm::args::{Args, Config};
 use vmm::machine::Opened;
+use vmm::sandbox::{POLICY, PROCESSOR};
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    match run() {
-        Ok(status) => ExitCode::from(status),
-        Err(e) => {
-            eprintln!("outboard-vmm: {e:#}");
-            ExitCode::from(1)
+    daemon::main(|startup: daemon::Startup<Args>| {
+        let config = Config::try_from(startup.args())?;
+        let opened = Opened::open(config, |fd| startup.inherited(fd))?;
+        let confined = startup.confine(&POLICY)?;
+        let (machine, cpus, shared) = opened.build()?;
+        for cpu in cpus {
+            let shared = Arc::clone(&shared);
+            confined.spawn(PROCESSOR, cpu.thread_name(), move || cpu.run(&shared))?;
         }
-    }
-}
-
-fn run() -> anyhow::Result<u8> {
-    let config = Config::try_from(Args::parse())?;
-    let (machine, cpus, shared) = Opened::open(config)?.build()?;
-    for cpu in cpus {
-        let shared = Arc::clone(&shared);
-        std::thread::spawn(move || cpu.run(&shared));
-    }
-    Ok(machine.start()?.run()?.into())
+        confined.run(|stop| Ok(machine.start()?.run(stop)?.into()))
+    })
 }

@@ -150,10 +150,10 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Takes the descriptors as they are, so it has to happen while /proc can still be reached.
+    /// `output` should have gone through [`own_description`].
     pub fn new(com1: &Com1, output: OwnedFd, input: Option<OwnedFd>) -> Self {
         let buffer = Arc::clone(&com1.buffer);
-        Self { output: own_description(output), input, buffer, waiting: false, reported: 0 }
+        Self { output, input, buffer, waiting: false, reported: 0 }
     }
 
     /// What to poll, and for what.
@@ -235,10 +235,12 @@ impl Terminal {
     }
 }
 
+/// A descriptor for output that does not block, if that is possible without changing anybody else's.
+///
 /// O_NONBLOCK belongs to the open file, which a shell shares with us. Terminals and pipes can be opened again by
 /// their number, which gives an open file of our own; a regular file never blocks, and opening it again would start
-/// writing at its beginning.
-fn own_description(fd: OwnedFd) -> OwnedFd {
+/// writing at its beginning. Needs /proc, so it comes before the process is confined.
+pub fn own_description(fd: OwnedFd) -> OwnedFd {
     let kind = rustix::fs::fstat(&fd).map(|s| FileType::from_raw_mode(s.st_mode));
     if !matches!(kind, Ok(FileType::CharacterDevice | FileType::Fifo)) {
         return fd;
@@ -260,7 +262,7 @@ mod tests {
     fn a_stuck_reader_costs_bytes_and_no_time() {
         let com1 = com1();
         let (_reader, writer) = rustix::pipe::pipe().unwrap();
-        let mut terminal = Terminal::new(&com1, writer, None);
+        let mut terminal = Terminal::new(&com1, own_description(writer), None);
         for _ in 0..BUFFER + (128 << 10) {
             com1.write(0, b"x");
         }
@@ -277,7 +279,7 @@ mod tests {
     fn what_is_written_arrives() {
         let com1 = com1();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        let mut terminal = Terminal::new(&com1, writer, None);
+        let mut terminal = Terminal::new(&com1, own_description(writer), None);
         for byte in b"hello" {
             com1.write(0, &[*byte]);
         }
