@@ -21,6 +21,7 @@ use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::events::{Doorbell, Ending};
 use crate::kvm::{Error, Kick, Vm, call, internal_error, set_xsave};
+use crate::virtio::remote::sentence;
 
 /// What all processors share. The bus is there before the gate opens for the first time.
 pub struct Shared {
@@ -162,7 +163,7 @@ impl Cpu {
             Order::Reset(entry) => self.power_on.write(self.fd).and_then(|()| self.enter(entry)),
             Order::Run => Ok(()),
         };
-        outcome.map_err(|e| crate::virtio::remote::sentence(&e))
+        outcome.map_err(|e| sentence(&e))
     }
 
     /// The thread. Ends with the process.

@@ -281,7 +281,7 @@ impl Plan {
         // The preferred address saves the kernel from moving itself there.
         let addr = match (head.u8(0x234), head.u64(0x258)) {
             (0, _) => HIGH_MEMORY,
-            (_, preferred) if preferred >= HIGH_MEMORY && preferred < memory::LOW_RAM_END => preferred,
+            (_, preferred) if (HIGH_MEMORY..memory::LOW_RAM_END).contains(&preferred) => preferred,
             _ => HIGH_MEMORY,
         };
         let end = addr.saturating_add(u64::from(head.u32(0x260)).max(body));

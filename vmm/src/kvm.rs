@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip, kvm_pit_config,
     kvm_pit_state2, kvm_userspace_memory_region, kvm_xsave,
 };
@@ -41,6 +41,9 @@ pub enum Error {
         "No right to open /dev/kvm: add yourself to its group with `sudo usermod -aG kvm $USER` and log in again"
     )]
     Denied,
+    /// There is something else.
+    #[error("/dev/kvm is not KVM, or not of a version that this program knows")]
+    Strange,
     /// It lacks something.
     #[error("This machine's KVM has no {what}")]
     Lacks {
@@ -70,6 +73,9 @@ pub fn open() -> Result<Kvm, Error> {
         io::ErrorKind::PermissionDenied => Error::Denied,
         _ => call("open /dev/kvm")(e),
     })?;
+    if kvm.get_api_version() != KVM_API_VERSION.cast_signed() {
+        return Err(Error::Strange);
+    }
     const NEEDED: [(Cap, &str); 7] = [
         (Cap::Irqchip, "interrupt controller in the kernel"),
         (Cap::Irqfd, "irqfd"),

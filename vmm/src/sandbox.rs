@@ -75,6 +75,7 @@ const CPU: &[Rule] = &[
     allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "the allocator"),
     allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "the allocator's arena of this thread"),
     allow(libc::SYS_munmap, "the allocator"),
+    allow(libc::SYS_mremap, "the allocator grows the buffer of COM1"),
     allow(libc::SYS_madvise, "the allocator gives pages back"),
     allow(libc::SYS_brk, "the allocator's heap"),
     allow(libc::SYS_read, "silencing the notifiers of a device that is reset"),

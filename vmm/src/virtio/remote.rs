@@ -31,8 +31,8 @@ const TRANSPORT: u64 = 1 << 28 // INDIRECT_DESC
     | 1 << 29 // EVENT_IDX
     | VERSION_1
     | 1 << 35; // IN_ORDER
-/// Bits 24 to 40 belong to the transport, bit 41 is reserved; all others to the class, so the backend answers for them.
-const CLASS: u64 = !0 & !(0x3_ffff << 24);
+/// Bits 24 to 49 belong to the transport or are reserved for it; all others to the class, so the backend answers for them.
+const CLASS: u64 = !(0x3ff_ffff << 24);
 
 /// Why a device could not be connected.
 #[derive(Debug, Error)]
