@@ -107,8 +107,8 @@ fn a_terminal_that_nobody_reads_does_not_stop_the_guest() {
         return;
     }
     let dir = Dir::new("stuck");
-    // mov ecx, 600000; mov dx, 0x3f8; mov al, 'x'; out dx, al; loop -3
-    let flood = [&[0xb9][..], &600_000u32.to_le_bytes(), &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xe2, 0xfd]].concat();
+    // mov ecx, 400000; mov dx, 0x3f8; mov al, 'x'; out dx, al; loop -3
+    let flood = [&[0xb9][..], &400_000u32.to_le_bytes(), &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xe2, 0xfd]].concat();
     let kernel = dir.file("kernel", &tiny_kernel(&[flood, power_off()].concat()));
     let mut command = Command::new(PROGRAM);
     command.args(["--kernel", &kernel, "--memory", "32M"]).stdin(Stdio::null()).stdout(Stdio::piped());

@@ -7,6 +7,7 @@
 #[path = "support/run.rs"]
 mod common;
 
+use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::process::Command;
@@ -77,11 +78,16 @@ fn an_initrd_that_is_not_there_or_empty() {
     refused(&run(&["--kernel", &kernel, "--initrd", &dir.file("empty", b"")]), "is empty");
 }
 
+/// Only /dev/null is left, which every program needs.
+const EMPTY_DEV: &str = "mount -t tmpfs none $new && touch $new/null && mount --bind /dev/null $new/null && mount --rbind $new /dev";
+
 /// Runs the program where `change` has been done to /dev, in a mount namespace of its own.
 fn with_dev(change: &str) -> Option<Run> {
     let dir = Dir::new("dev");
     let kernel = dir.file("kernel", &tiny_kernel(&[0xf4]));
-    let script = format!("{change} && exec {PROGRAM} --kernel {kernel} --serial none");
+    let new = dir.path("new");
+    fs::create_dir(&new).unwrap();
+    let script = format!("new={new}; {change} && exec {PROGRAM} --kernel {kernel} --serial none");
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "sh", "-c", &script]);
     let run = Run::of(command, b"");
@@ -94,7 +100,7 @@ fn with_dev(change: &str) -> Option<Run> {
 
 #[test]
 fn no_kvm_says_what_to_do() {
-    if let Some(run) = with_dev("mount -t tmpfs none /dev") {
+    if let Some(run) = with_dev(EMPTY_DEV) {
         refused(&run, "This machine has no /dev/kvm: ");
     }
 }
@@ -111,7 +117,7 @@ fn no_right_to_kvm_says_which_group() {
 
 #[test]
 fn something_else_in_the_place_of_kvm() {
-    if let Some(run) = with_dev("mount -t tmpfs none /dev && touch /dev/kvm") {
+    if let Some(run) = with_dev(&format!("{EMPTY_DEV} && touch /dev/kvm")) {
         refused(&run, "/dev/kvm is not KVM");
     }
 }
