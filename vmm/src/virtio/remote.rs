@@ -218,8 +218,12 @@ impl Remote {
         self.lose("the device process has closed the connection".to_owned())
     }
 
+    /// Once: a process that dies is noticed on each of its sockets.
     fn lose(&mut self, reason: String) -> Option<Change> {
         self.session.disconnect();
+        if self.state != Change::Connected {
+            return None;
+        }
         self.become_state(Change::Lost(reason))
     }
 
