@@ -1,2 +1,22 @@
-//! The program.
-fn main() {}
+//! `outboard-vmm`: one virtual machine.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use vmm::args::{Args, Config};
+use vmm::machine::Opened;
+use vmm::sandbox::{POLICY, PROCESSOR};
+
+fn main() -> ExitCode {
+    daemon::main(|startup: daemon::Startup<Args>| {
+        let config = Config::try_from(startup.args())?;
+        let opened = Opened::open(config, |fd| startup.inherited(fd))?;
+        let confined = startup.confine(&POLICY)?;
+        let (machine, cpus, shared) = opened.build()?;
+        for cpu in cpus {
+            let shared = Arc::clone(&shared);
+            confined.spawn(PROCESSOR, cpu.thread_name(), move || cpu.run(&shared))?;
+        }
+        confined.run(|stop| Ok(machine.start()?.run(stop)?.into()))
+    })
+}
