@@ -11,11 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 
 /// The cache directory: `$OUTBOARD_CACHE`, `$XDG_CACHE_HOME/outboard` or `~/.cache/outboard`.
 pub(crate) fn dir() -> Result<PathBuf> {
-    let set = |name: &str| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let dir = if let Some(dir) = set("OUTBOARD_CACHE") {
         dir
     } else if let Some(dir) = set("XDG_CACHE_HOME") {
@@ -44,17 +40,11 @@ pub(crate) fn key(parts: &[&[u8]]) -> String {
 
 /// Makes `product` unless it was made from the same `key` before. `make` fills a fresh directory beside it, which is then
 /// renamed: a task that is interrupted leaves no half product. Tasks that run at the same time take turns.
-pub(crate) fn product(
-    product: &Path,
-    key: &str,
-    make: impl FnOnce(&Path) -> Result<()>,
-) -> Result<()> {
+pub(crate) fn product(product: &Path, key: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let stamp = |dir: &Path| dir.join(".key");
     let lock_path = product.with_extension("lock");
-    let lock = File::create(&lock_path)
-        .with_context(|| format!("Cannot create {}", lock_path.display()))?;
-    flock(&lock, FlockOperation::LockExclusive)
-        .with_context(|| format!("Cannot lock {}", lock_path.display()))?;
+    let lock = File::create(&lock_path).with_context(|| format!("Cannot create {}", lock_path.display()))?;
+    flock(&lock, FlockOperation::LockExclusive).with_context(|| format!("Cannot lock {}", lock_path.display()))?;
     if fs::read_to_string(stamp(product)).is_ok_and(|made_from| made_from == key) {
         return Ok(());
     }
@@ -65,8 +55,7 @@ pub(crate) fn product(
         drop(remove_tree(&fresh));
         return Err(error);
     }
-    fs::write(stamp(&fresh), key)
-        .with_context(|| format!("Cannot write {}", stamp(&fresh).display()))?;
+    fs::write(stamp(&fresh), key).with_context(|| format!("Cannot write {}", stamp(&fresh).display()))?;
     remove_tree(product)?;
     fs::rename(&fresh, product).with_context(|| format!("Cannot rename {}", fresh.display()))
 }

@@ -7,14 +7,6 @@ use crate::{build, say};
 /// The task.
 pub(crate) fn run() -> Result<()> {
     say::openly(build::cargo().args(["fmt", "--all", "--check"]))?;
-    say::openly(build::cargo().args([
-        "clippy",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ]))?;
+    say::openly(build::cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     say::openly(build::cargo().args(["xtask", "test"]))
 }

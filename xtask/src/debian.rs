@@ -43,9 +43,7 @@ pub(crate) struct Apt {
 impl Apt {
     /// Sets up the directory and fetches the package lists.
     pub(crate) fn new() -> Result<Self> {
-        let apt = Self {
-            dir: cache::dir()?.join("apt"),
-        };
+        let apt = Self { dir: cache::dir()?.join("apt") };
         for dir in ["lists/partial", "archives/partial", "none/partial", "state"] {
             let dir = apt.dir.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("Cannot create {}", dir.display()))?;
@@ -53,25 +51,16 @@ impl Apt {
         apt.write("state/status", "")?;
         apt.write("sources.list", &sources())?;
         apt.write("apt.conf", &apt.configuration()?)?;
-        say::step("Fetch the package lists", || {
-            say::quietly(apt.command("apt-get").arg("update"))
-        })?;
+        say::step("Fetch the package lists", || say::quietly(apt.command("apt-get").arg("update")))?;
         Ok(apt)
     }
 
     /// The package that a meta package such as `linux-image-amd64` stands for.
     pub(crate) fn stands_for(&self, meta: &str) -> Result<String> {
-        let output = say::quietly(
-            self.command("apt-cache")
-                .args(["depends", "-t", BACKPORTS, meta]),
-        )?;
+        let output = say::quietly(self.command("apt-cache").args(["depends", "-t", BACKPORTS, meta]))?;
         let text = String::from_utf8_lossy(&output).into_owned();
-        let name = text
-            .lines()
-            .find_map(|line| line.trim().strip_prefix("Depends: "));
-        Ok(name
-            .with_context(|| format!("Debian's {meta} depends on nothing"))?
-            .to_owned())
+        let name = text.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
+        Ok(name.with_context(|| format!("Debian's {meta} depends on nothing"))?.to_owned())
     }
 
     /// Unpacks one package, without what it depends on, into `tree`.
@@ -81,11 +70,7 @@ impl Apt {
         fs::create_dir_all(&download)?;
         say::step(&format!("Download {package}"), || {
             let mut command = self.command("apt-get");
-            say::quietly(
-                command
-                    .args(["download", "-t", BACKPORTS, package])
-                    .current_dir(&download),
-            )
+            say::quietly(command.args(["download", "-t", BACKPORTS, package]).current_dir(&download))
         })?;
         for entry in fs::read_dir(&download)? {
             unpack(&entry?.path(), tree)?;
@@ -94,26 +79,12 @@ impl Apt {
     }
 
     /// Unpacks packages with all they depend on, except what `skip` rejects, into `tree`.
-    pub(crate) fn unpack_all(
-        &self,
-        release: &str,
-        packages: &[&str],
-        skip: fn(&str) -> bool,
-        tree: &Path,
-    ) -> Result<()> {
+    pub(crate) fn unpack_all(&self, release: &str, packages: &[&str], skip: fn(&str) -> bool, tree: &Path) -> Result<()> {
         let needed = self.closure(release, packages)?;
-        let heading = format!(
-            "Download {} and what they need ({} packages)",
-            packages.join(", "),
-            needed.len()
-        );
+        let heading = format!("Download {} packages for {}", needed.len(), packages.first().unwrap_or(&""));
         say::step(&heading, || {
             let mut command = self.command("apt-get");
-            say::quietly(
-                command
-                    .args(["install", "-y", "--download-only", "-t", release])
-                    .args(packages),
-            )
+            say::quietly(command.args(["install", "-y", "--download-only", "-t", release]).args(packages))
         })?;
         say::step("Unpack them", || {
             for file in needed.iter().filter(|file| !skip(file)) {
@@ -127,14 +98,8 @@ impl Apt {
     fn closure(&self, release: &str, packages: &[&str]) -> Result<Vec<String>> {
         // Files that are already in the archive directory are left out of this list: it must look empty here.
         let mut command = self.command("apt-get");
-        command
-            .arg("-o")
-            .arg(option("Dir::Cache::archives", &self.dir.join("none")));
-        let output = say::quietly(
-            command
-                .args(["install", "-y", "--print-uris", "-t", release])
-                .args(packages),
-        )?;
+        command.arg("-o").arg(option("Dir::Cache::archives", &self.dir.join("none")));
+        let output = say::quietly(command.args(["install", "-y", "--print-uris", "-t", release]).args(packages))?;
         let text = String::from_utf8_lossy(&output).into_owned();
         let files: Vec<String> = text
             .lines()
@@ -149,10 +114,7 @@ impl Apt {
 
     fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        command
-            .env("APT_CONFIG", self.dir.join("apt.conf"))
-            .env("LC_ALL", "C")
-            .arg("-q");
+        command.env("APT_CONFIG", self.dir.join("apt.conf")).env("LC_ALL", "C").arg("-q");
         command
     }
 
@@ -183,34 +145,18 @@ impl Apt {
 
 /// Unpacks a package into a tree whose `/bin`, `/sbin` and `/lib` are links into `/usr`, as Debian's are.
 fn unpack(package: &Path, tree: &Path) -> Result<()> {
-    for (link, target) in [
-        ("bin", "usr/bin"),
-        ("sbin", "usr/sbin"),
-        ("lib", "usr/lib"),
-        ("lib64", "usr/lib64"),
-    ] {
+    for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
         if !tree.join(link).exists() {
             fs::create_dir_all(tree.join(target))?;
             std::os::unix::fs::symlink(target, tree.join(link))?;
         }
     }
     let mut archive = Command::new("dpkg-deb");
-    archive
-        .arg("--fsys-tarfile")
-        .arg(package)
-        .stdout(Stdio::piped());
+    archive.arg("--fsys-tarfile").arg(package).stdout(Stdio::piped());
     let mut reader = archive.spawn().context("Cannot start dpkg-deb")?;
     let content = reader.stdout.take().context("Cannot read from dpkg-deb")?;
     let mut tar = Command::new("tar");
-    tar.args([
-        "-x",
-        "--keep-directory-symlink",
-        "--no-same-owner",
-        "--warning=no-timestamp",
-        "-C",
-    ])
-    .arg(tree)
-    .stdin(content);
+    tar.args(["-x", "--keep-directory-symlink", "--no-same-owner", "--warning=no-timestamp", "-C"]).arg(tree).stdin(content);
     let unpacked = tar.status().context("Cannot start tar")?;
     if !reader.wait()?.success() || !unpacked.success() {
         bail!("Cannot unpack {}", package.display());
@@ -221,10 +167,7 @@ fn unpack(package: &Path, tree: &Path) -> Result<()> {
 /// A program of an unpacked tree, run with that tree's own loader and libraries.
 pub(crate) fn program(tree: &Path, program: &str) -> Command {
     let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
-    command
-        .arg("--library-path")
-        .arg(tree.join("usr/lib/x86_64-linux-gnu"))
-        .arg(tree.join(program));
+    command.arg("--library-path").arg(tree.join("usr/lib/x86_64-linux-gnu")).arg(tree.join(program));
     command
 }
 
@@ -235,25 +178,17 @@ fn option(name: &str, value: &Path) -> String {
 /// A list of sources for the host's mirror, so that a mirror nearby is used where one is configured.
 fn sources() -> String {
     let mirror = mirror().unwrap_or_else(|| FALLBACK_MIRROR.to_owned());
-    let signed = if Path::new(KEYRING).exists() {
-        format!("[signed-by={KEYRING}] ")
-    } else {
-        String::new()
-    };
+    let signed = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
     format!("deb {signed}{mirror} {RELEASE} main\ndeb {signed}{mirror} {BACKPORTS} main\n")
 }
 
 fn mirror() -> Option<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
-    let mut more: Vec<PathBuf> = fs::read_dir("/etc/apt/sources.list.d")
-        .ok()?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
+    let mut more: Vec<PathBuf> =
+        fs::read_dir("/etc/apt/sources.list.d").ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
     more.sort();
     files.extend(more);
-    files
-        .iter()
-        .find_map(|file| mirror_in(&fs::read_to_string(file).ok()?))
+    files.iter().find_map(|file| mirror_in(&fs::read_to_string(file).ok()?))
 }
 
 /// The address of the main archive in one file of sources, in either of apt's two formats.
@@ -274,15 +209,9 @@ mod tests {
     #[test]
     fn mirrors_are_found_in_both_formats() {
         let new = "Types: deb\nURIs: http://mirror.example/debian-security\n\nURIs: http://mirror.example/debian/\n";
-        assert_eq!(
-            mirror_in(new).as_deref(),
-            Some("http://mirror.example/debian/")
-        );
+        assert_eq!(mirror_in(new).as_deref(), Some("http://mirror.example/debian/"));
         let old = "# c\ndeb [arch=amd64 signed-by=/k] http://old.example/debian bookworm main\n";
         assert_eq!(mirror_in(old).as_deref(), Some("http://old.example/debian"));
-        assert_eq!(
-            mirror_in("deb https://packages.example/apt stable main\n"),
-            None
-        );
+        assert_eq!(mirror_in("deb https://packages.example/apt stable main\n"), None);
     }
 }

@@ -72,9 +72,7 @@ fn on_the_host(demo: &Path, mode: &str, images: &Path, programs: &Path) -> Resul
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("bash");
     command.arg(demo).arg(mode).arg(&dir);
-    command
-        .env("OUTBOARD_GUEST", images)
-        .env("PATH", format!("{}:{path}", programs.display()));
+    command.env("OUTBOARD_GUEST", images).env("PATH", format!("{}:{path}", programs.display()));
     let status = command.status().context("Cannot start bash");
     cache::remove_tree(&dir)?;
     match status?.code() {
@@ -84,12 +82,10 @@ fn on_the_host(demo: &Path, mode: &str, images: &Path, programs: &Path) -> Resul
 }
 
 fn in_nested(demo: &Path, mode: &str, images: &Path, programs: &Path) -> Result<()> {
-    let script =
-        fs::read_to_string(demo).with_context(|| format!("Cannot read {}", demo.display()))?;
+    let script = fs::read_to_string(demo).with_context(|| format!("Cannot read {}", demo.display()))?;
     let script = format!("set -- {mode} /outboard\n{script}");
     let mut job = nested::Job::new(script, Some(programs))?;
-    job.files
-        .push((images.join("root.img"), "disk.img".to_owned()));
+    job.files.push((images.join("root.img"), "disk.img".to_owned()));
     job.tty = mode == "shell";
     job.limit = if job.tty { SHELL_LIMIT } else { SCRIPT_LIMIT };
     say::line("Starting the emulated machine.");

@@ -30,11 +30,7 @@ const PROGRAMS: &[(&str, &str)] = &[
 
 /// Checks that the host has what is wanted; as root, installs what is missing.
 pub(crate) fn prepare(wanted: &Wanted) -> Result<()> {
-    let programs = if wanted.images {
-        PROGRAMS
-    } else {
-        &PROGRAMS[..1]
-    };
+    let programs = if wanted.images { PROGRAMS } else { &PROGRAMS[..1] };
     let mut missing: Vec<&str> = Vec::new();
     for (program, package) in programs {
         if !is_there(program) && !missing.contains(package) {
@@ -48,34 +44,23 @@ pub(crate) fn prepare(wanted: &Wanted) -> Result<()> {
     if !geteuid().is_root() {
         bail!("The host lacks {packages}; run: sudo apt-get install {packages}");
     }
-    say::line(&format!(
-        "The host lacks {packages}; installing with apt-get."
-    ));
+    say::line(&format!("The host lacks {packages}; installing with apt-get."));
     let noninteractive = |arguments: &[&str]| {
         let mut command = Command::new("apt-get");
-        command
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .arg("-q")
-            .args(arguments);
+        command.env("DEBIAN_FRONTEND", "noninteractive").arg("-q").args(arguments);
         command
     };
-    say::step("Fetch the host's package lists", || {
-        say::quietly(&mut noninteractive(&["update"]))
-    })?;
+    say::step("Fetch the host's package lists", || say::quietly(&mut noninteractive(&["update"])))?;
     let mut install = noninteractive(&["install", "-y", "--no-install-recommends"]);
     install.args(packages.split(' '));
-    say::step(&format!("Install {packages}"), || {
-        say::quietly(&mut install)
-    })?;
+    say::step(&format!("Install {packages}"), || say::quietly(&mut install))?;
     Ok(())
 }
 
 /// Is there a program of this name? The directories for administrators count even where they are not in PATH.
 pub(crate) fn is_there(program: &str) -> bool {
     let path = env::var("PATH").unwrap_or_default();
-    path.split(':')
-        .chain(["/usr/sbin", "/sbin"])
-        .any(|dir| Path::new(dir).join(program).is_file())
+    path.split(':').chain(["/usr/sbin", "/sbin"]).any(|dir| Path::new(dir).join(program).is_file())
 }
 
 /// A command whose program may live in a directory for administrators.
@@ -99,25 +84,16 @@ pub(crate) enum Kvm {
 pub(crate) fn kvm() -> Kvm {
     let nested = |why: &str| Kvm::Nested(why.to_owned());
     if let Some(choice) = env::var_os("OUTBOARD_KVM") {
-        return if choice == "direct" {
-            Kvm::Direct
-        } else {
-            nested("OUTBOARD_KVM asks for it")
-        };
+        return if choice == "direct" { Kvm::Direct } else { nested("OUTBOARD_KVM asks for it") };
     }
     if !Path::new("/dev/kvm").exists() {
         return nested("this host has no /dev/kvm");
     }
     if Path::new("/sys/module/kvm_pvm").exists() {
-        return nested(
-            "this host's /dev/kvm works in software (kvm_pvm) and cannot run a stock kernel",
-        );
+        return nested("this host's /dev/kvm works in software (kvm_pvm) and cannot run a stock kernel");
     }
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if !flags
-        .split_whitespace()
-        .any(|flag| flag == "vmx" || flag == "svm")
-    {
+    if !flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") {
         return nested("this host's processor offers neither vmx nor svm");
     }
     let rights = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK;

@@ -85,22 +85,10 @@ impl Job {
     pub(crate) fn new(script: String, dir: Option<&Path>) -> Result<Self> {
         let mut files = Vec::new();
         for program in dir.map(build::programs_in).transpose()?.unwrap_or_default() {
-            let name = program
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
+            let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
             files.push((program, format!("bin/{name}")));
         }
-        Ok(Self {
-            script,
-            files,
-            user: false,
-            tty: false,
-            limit: Duration::from_secs(600),
-            verbose: false,
-            snapshot: true,
-        })
+        Ok(Self { script, files, user: false, tty: false, limit: Duration::from_secs(600), verbose: false, snapshot: true })
     }
 
     /// Runs it to its end and returns its exit status.
@@ -150,19 +138,14 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 fn job(args: &Args) -> Result<Job> {
     host::prepare(&host::Wanted { images: true })?;
-    let programs = if args.no_build {
-        None
-    } else {
-        Some(build::programs(args.release)?)
-    };
+    let programs = if args.no_build { None } else { Some(build::programs(args.release)?) };
     let words: Vec<String> = args.command.iter().map(|word| quote(word)).collect();
     let mut job = Job::new(format!("exec {}\n", words.join(" ")), programs.as_deref())?;
     for path in &args.file {
         let Some(name) = path.file_name() else {
             bail!("Cannot take along {}: it has no name", path.display());
         };
-        job.files
-            .push((path.clone(), format!("files/{}", name.to_string_lossy())));
+        job.files.push((path.clone(), format!("files/{}", name.to_string_lossy())));
     }
     job.user = args.user;
     job.tty = args.tty;
@@ -179,10 +162,7 @@ pub(crate) fn quote(word: &str) -> String {
 
 /// A fresh directory, beside the images so that copies can share their blocks.
 pub(crate) fn fresh_dir(parent: &Path) -> Result<PathBuf> {
-    let nanoseconds = std::time::UNIX_EPOCH
-        .elapsed()
-        .unwrap_or_default()
-        .as_nanos();
+    let nanoseconds = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
     let dir = parent.join(format!("run-{}-{nanoseconds}", std::process::id()));
     fs::create_dir(&dir).with_context(|| format!("Cannot create {}", dir.display()))?;
     Ok(dir)

@@ -72,10 +72,7 @@ pub(crate) fn step<T>(text: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
 /// Runs a program to its end with its output kept back; a failure shows the end of that output.
 pub(crate) fn quietly(command: &mut Command) -> Result<Vec<u8>> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("Cannot start {program}"))?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("Cannot start {program}"))?;
     if output.status.success() {
         return Ok(output.stdout);
     }
@@ -91,10 +88,7 @@ pub(crate) fn quietly(command: &mut Command) -> Result<Vec<u8>> {
 /// Runs a program to its end with its output shown.
 pub(crate) fn openly(command: &mut Command) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let status = command
-        .stdin(Stdio::null())
-        .status()
-        .with_context(|| format!("Cannot start {program}"))?;
+    let status = command.stdin(Stdio::null()).status().with_context(|| format!("Cannot start {program}"))?;
     if !status.success() {
         bail!("`{}` failed ({status})", short(command));
     }

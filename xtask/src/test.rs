@@ -55,16 +55,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Kvm::Direct => {
             say::line("Guest suite: on this host's KVM.");
             let mut command = Command::new(&suite);
-            command
-                .args(options)
-                .env("OUTBOARD_GUEST", &images)
-                .env("OUTBOARD_BIN", &programs);
+            command.args(options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs);
             say::openly(&mut command)
         }
         Kvm::Nested(why) => {
-            say::line(&format!(
-                "Guest suite: in the nested machine, because {why}."
-            ));
+            say::line(&format!("Guest suite: in the nested machine, because {why}."));
             in_nested(&suite, &programs, &options)
         }
     }
@@ -78,12 +73,13 @@ fn announce(kvm: &Kvm) -> Result<()> {
     };
     let mut items = vec!["build the programs and their tests with cargo".to_owned()];
     if !ready {
-        items.push(format!("download Debian packages and make guest images in {} (about 1 GB; nothing is installed)", cache.display()));
+        items.push(format!(
+            "download Debian packages and make guest images in {} (about 1 GB; nothing is installed)",
+            cache.display()
+        ));
     }
     if let Some(why) = machine {
-        items.push(format!(
-            "run guests in an emulated machine with QEMU, because {why}"
-        ));
+        items.push(format!("run guests in an emulated machine with QEMU, because {why}"));
     }
     say::plan("Before the tests, this task will:", &items);
     Ok(())
@@ -91,26 +87,14 @@ fn announce(kvm: &Kvm) -> Result<()> {
 
 /// The tests that need no guest. nextest is used where it is installed: it runs each test in its own process.
 fn workspace(programs: &Path) -> Result<()> {
-    let nextest = build::cargo()
-        .args(["nextest", "--version"])
-        .output()
-        .is_ok_and(|output| output.status.success());
+    let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
     if nextest {
         let mut command = build::cargo();
-        command.args([
-            "nextest",
-            "run",
-            "--workspace",
-            "--no-fail-fast",
-            "-E",
-            "not (package(suite) and binary(guest))",
-        ]);
+        command.args(["nextest", "run", "--workspace", "--no-fail-fast", "-E", "not (package(suite) and binary(guest))"]);
         commands.push(command);
     } else {
-        say::line(
-            "cargo-nextest is not installed (cargo install cargo-nextest): using cargo test.",
-        );
+        say::line("cargo-nextest is not installed (cargo install cargo-nextest): using cargo test.");
         let mut command = build::cargo();
         command.args(["test", "--quiet", "--workspace", "--exclude", "suite"]);
         commands.push(command);
@@ -134,11 +118,7 @@ fn suite_tests() -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        let name = path
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if path.extension().is_some_and(|extension| extension == "rs") && name != "guest" {
             names.push(name);
         }
@@ -148,20 +128,13 @@ fn suite_tests() -> Result<Vec<String>> {
 
 fn in_nested(suite: &Path, programs: &Path, options: &[String]) -> Result<()> {
     let words: Vec<String> = options.iter().map(|word| nested::quote(word)).collect();
-    let script = format!(
-        "export OUTBOARD_BIN=/outboard/bin\nexec /outboard/files/guest {}\n",
-        words.join(" ")
-    );
+    let script = format!("export OUTBOARD_BIN=/outboard/bin\nexec /outboard/files/guest {}\n", words.join(" "));
     let mut job = nested::Job::new(script, Some(programs))?;
-    job.files
-        .push((suite.to_path_buf(), "files/guest".to_owned()));
+    job.files.push((suite.to_path_buf(), "files/guest".to_owned()));
     job.limit = GUEST_SUITE_LIMIT;
     match job.run().context("The nested machine failed")? {
         0 => Ok(()),
-        124 => bail!(
-            "The guest suite did not end in {} minutes",
-            GUEST_SUITE_LIMIT.as_secs() / 60
-        ),
+        124 => bail!("The guest suite did not end in {} minutes", GUEST_SUITE_LIMIT.as_secs() / 60),
         status => bail!("The guest suite failed (exit status {status})"),
     }
 }

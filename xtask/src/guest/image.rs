@@ -31,18 +31,7 @@ pub(crate) fn ext4(tree: &Path, disk: &Path, shape: &Shape<'_>) -> Result<()> {
         unshare.args(["--map-root-user", "--", "mke2fs"]);
         unshare
     };
-    command.args([
-        "-q",
-        "-F",
-        "-t",
-        "ext4",
-        "-m",
-        "0",
-        "-L",
-        shape.label,
-        "-E",
-        "root_owner=0:0,lazy_itable_init=1,nodiscard",
-    ]);
+    command.args(["-q", "-F", "-t", "ext4", "-m", "0", "-L", shape.label, "-E", "root_owner=0:0,lazy_itable_init=1,nodiscard"]);
     if shape.journal {
         command.args(["-J", "size=8"]);
     } else {
@@ -54,33 +43,21 @@ pub(crate) fn ext4(tree: &Path, disk: &Path, shape: &Shape<'_>) -> Result<()> {
 
 /// Copies a tree with links and rights; where the file system can share blocks, it does.
 pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
-    say::quietly(
-        Command::new("cp")
-            .args(["-a", "--reflink=auto", "--sparse=always", "--"])
-            .arg(from)
-            .arg(to),
-    )?;
+    say::quietly(Command::new("cp").args(["-a", "--reflink=auto", "--sparse=always", "--"]).arg(from).arg(to))?;
     Ok(())
 }
 
 /// The files a system without an installer lacks, and the mount points a script cannot make on a read-only disk.
 pub(crate) fn basic_files(tree: &Path, host: &str) -> Result<()> {
-    for dir in [
-        "dev",
-        "proc",
-        "sys",
-        "run",
-        "tmp",
-        "root",
-        "mnt",
-        "outboard",
-        "home/user",
-        "var/tmp",
-    ] {
+    for dir in ["dev", "proc", "sys", "run", "tmp", "root", "mnt", "outboard", "home/user", "var/tmp"] {
         fs::create_dir_all(tree.join(dir)).with_context(|| format!("Cannot create {dir}"))?;
     }
     let files = [
-        ("etc/passwd", "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534::/:/bin/false\n".to_owned()),
+        (
+            "etc/passwd",
+            "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534::/:/bin/false\n"
+                .to_owned(),
+        ),
         ("etc/group", "root:x:0:\ntty:x:5:\nuser:x:1000:\nnogroup:x:65534:\n".to_owned()),
         ("etc/hosts", format!("127.0.0.1 localhost {host}\n")),
         ("etc/hostname", format!("{host}\n")),
@@ -102,6 +79,5 @@ pub(crate) fn basic_files(tree: &Path, host: &str) -> Result<()> {
 
 /// Makes a file executable.
 pub(crate) fn executable(file: &Path) -> Result<()> {
-    fs::set_permissions(file, Permissions::from_mode(0o755))
-        .with_context(|| format!("Cannot change {}", file.display()))
+    fs::set_permissions(file, Permissions::from_mode(0o755)).with_context(|| format!("Cannot change {}", file.display()))
 }

@@ -11,17 +11,8 @@ use crate::cpio::Archive;
 use crate::guest::Kernel;
 
 /// Adds the modules, uncompressed, and the list `/modules/order`.
-pub(crate) fn add(
-    archive: &mut Archive,
-    kernel: &Kernel,
-    names: &[&str],
-    userland: &Path,
-) -> Result<()> {
-    let mut set = Set {
-        files: HashMap::new(),
-        busybox: userland.join("usr/bin/busybox"),
-        loaded: Vec::new(),
-    };
+pub(crate) fn add(archive: &mut Archive, kernel: &Kernel, names: &[&str], userland: &Path) -> Result<()> {
+    let mut set = Set { files: HashMap::new(), busybox: userland.join("usr/bin/busybox"), loaded: Vec::new() };
     set.index(&kernel.0.join("modules/kernel"))?;
     for name in names {
         set.load(name)?;
@@ -49,10 +40,7 @@ impl Set {
             let path = entry?.path();
             if path.is_dir() {
                 self.index(&path)?;
-            } else if let Some(name) = path
-                .file_name()
-                .and_then(|name| name.to_str()?.strip_suffix(".ko.xz"))
-            {
+            } else if let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".ko.xz")) {
                 self.files.insert(canonical(name), path.clone());
             }
         }
@@ -67,12 +55,8 @@ impl Set {
         let Some(path) = self.files.get(&name) else {
             bail!("Debian's kernel has no module {name}");
         };
-        let file =
-            fs::File::open(path).with_context(|| format!("Cannot open {}", path.display()))?;
-        let output = Command::new(&self.busybox)
-            .args(["xzcat"])
-            .stdin(Stdio::from(file))
-            .output()?;
+        let file = fs::File::open(path).with_context(|| format!("Cannot open {}", path.display()))?;
+        let output = Command::new(&self.busybox).args(["xzcat"]).stdin(Stdio::from(file)).output()?;
         if !output.status.success() {
             bail!("Cannot uncompress {}", path.display());
         }
@@ -94,10 +78,7 @@ fn dependencies(module: &[u8]) -> Vec<String> {
     let strings = module.split(|byte| *byte == 0);
     let lists = strings.filter_map(|text| text.strip_prefix(b"depends="));
     let names = lists.flat_map(|list| list.split(|byte| *byte == b','));
-    names
-        .filter(|name| !name.is_empty())
-        .map(|name| String::from_utf8_lossy(name).into_owned())
-        .collect()
+    names.filter(|name| !name.is_empty()).map(|name| String::from_utf8_lossy(name).into_owned()).collect()
 }
 
 #[cfg(test)]
@@ -106,10 +87,7 @@ mod tests {
 
     #[test]
     fn dependencies_are_read_from_modinfo() {
-        assert_eq!(
-            dependencies(b"\x7fELF\0license=GPL\0depends=mbcache,jbd2\0name=ext4\0"),
-            ["mbcache", "jbd2"]
-        );
+        assert_eq!(dependencies(b"\x7fELF\0license=GPL\0depends=mbcache,jbd2\0name=ext4\0"), ["mbcache", "jbd2"]);
         assert!(dependencies(b"\0depends=\0").is_empty());
     }
 }

@@ -35,26 +35,11 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check 
 pub(super) fn run(job: &Job, dir: &Path, content: &Path) -> Result<u8> {
     let tools = tools::prepare(&guest::prepare()?)?;
     let disk = dir.join("run.img");
-    image::ext4(
-        content,
-        &disk,
-        &image::Shape {
-            megabytes: RUN_DISK_MEGABYTES,
-            journal: false,
-            label: "run",
-        },
-    )?;
-    let snapshot = if job.snapshot {
-        Some(snapshot(&tools)?)
-    } else {
-        None
-    };
+    image::ext4(content, &disk, &image::Shape { megabytes: RUN_DISK_MEGABYTES, journal: false, label: "run" })?;
+    let snapshot = if job.snapshot { Some(snapshot(&tools)?) } else { None };
     let mut machine = Machine::new(&tools, dir, &disk)?;
     if let Some(state) = &snapshot {
-        machine
-            .qemu
-            .args(["-global", "migration.mapped-ram=on", "-incoming"])
-            .arg(format!("file:{}", state.display()));
+        machine.qemu.args(["-global", "migration.mapped-ram=on", "-incoming"]).arg(format!("file:{}", state.display()));
     }
     machine.command(job)
 }
@@ -62,28 +47,16 @@ pub(super) fn run(job: &Job, dir: &Path, content: &Path) -> Result<u8> {
 /// The saved memory of a machine that waits for its command; made on the first run.
 fn snapshot(tools: &Tools) -> Result<PathBuf> {
     let product = cache::dir()?.join("snapshot");
-    cache::product(
-        &product,
-        &cache::key(&[tools.key.as_bytes(), include_bytes!("machine.rs")]),
-        |fresh| {
-            say::step("Boot the nested machine once and keep a snapshot", || {
-                let empty = fresh.join("content");
-                fs::create_dir(&empty)?;
-                let disk = fresh.join("run.img");
-                image::ext4(
-                    &empty,
-                    &disk,
-                    &image::Shape {
-                        megabytes: RUN_DISK_MEGABYTES,
-                        journal: false,
-                        label: "run",
-                    },
-                )?;
-                Machine::new(tools, fresh, &disk)?.save(&fresh.join("memory"))?;
-                fs::remove_file(disk).context("Cannot remove the empty disk")
-            })
-        },
-    )?;
+    cache::product(&product, &cache::key(&[tools.key.as_bytes(), include_bytes!("machine.rs")]), |fresh| {
+        say::step("Boot the nested machine once and keep a snapshot", || {
+            let empty = fresh.join("content");
+            fs::create_dir(&empty)?;
+            let disk = fresh.join("run.img");
+            image::ext4(&empty, &disk, &image::Shape { megabytes: RUN_DISK_MEGABYTES, journal: false, label: "run" })?;
+            Machine::new(tools, fresh, &disk)?.save(&fresh.join("memory"))?;
+            fs::remove_file(disk).context("Cannot remove the empty disk")
+        })
+    })?;
     Ok(product.join("memory"))
 }
 
@@ -102,8 +75,7 @@ impl Machine {
         let console = dir.join("console");
         let listen = |name: &str| {
             let path = dir.join(name);
-            UnixListener::bind(&path)
-                .with_context(|| format!("Cannot listen on {}", path.display()))
+            UnixListener::bind(&path).with_context(|| format!("Cannot listen on {}", path.display()))
         };
         let machine = Self {
             qemu: qemu(tools, dir, disk, &console),
@@ -118,22 +90,13 @@ impl Machine {
 
     /// Boots, waits for the waiting point and saves the memory.
     fn save(&mut self, memory: &Path) -> Result<()> {
-        self.qemu
-            .args(["-chardev", "null,id=tty", "-monitor", "stdio"]);
-        self.qemu
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        self.qemu.args(["-chardev", "null,id=tty", "-monitor", "stdio"]);
+        self.qemu.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = self.qemu.spawn().context("Cannot start QEMU")?;
         let result = self.wait_until_waiting(&mut child).and_then(|()| {
             let mut monitor = child.stdin.take().context("QEMU has no monitor")?;
-            let commands = format!(
-                "migrate_set_capability mapped-ram on\nmigrate file:{}\nquit\n",
-                memory.display()
-            );
-            monitor
-                .write_all(commands.as_bytes())
-                .context("Cannot command QEMU")?;
+            let commands = format!("migrate_set_capability mapped-ram on\nmigrate file:{}\nquit\n", memory.display());
+            monitor.write_all(commands.as_bytes()).context("Cannot command QEMU")?;
             child.wait().context("Cannot wait for QEMU")
         });
         if result.is_err() {
@@ -150,8 +113,7 @@ impl Machine {
     fn wait_until_waiting(&self, child: &mut Child) -> Result<()> {
         let began = Instant::now();
         while began.elapsed() < BOOT_LIMIT {
-            let console =
-                String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
+            let console = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
             if let Some(failure) = console.lines().find(|line| line.contains("nested: FAILED")) {
                 bail!("The nested machine did not start: {failure}");
             }
@@ -163,36 +125,18 @@ impl Machine {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        bail!(
-            "The nested machine did not boot in {} s",
-            BOOT_LIMIT.as_secs()
-        );
+        bail!("The nested machine did not boot in {} s", BOOT_LIMIT.as_secs());
     }
 
     /// Starts the machine, gives it the job's command and waits for the end of both.
     fn command(mut self, job: &Job) -> Result<u8> {
         let terminal = Terminal::save(job.tty);
         if job.tty {
-            self.qemu
-                .args([
-                    "-chardev",
-                    "stdio,id=tty,mux=off,signal=off",
-                    "-monitor",
-                    "none",
-                ])
-                .stdin(Stdio::inherit());
+            self.qemu.args(["-chardev", "stdio,id=tty,mux=off,signal=off", "-monitor", "none"]).stdin(Stdio::inherit());
         } else {
-            self.qemu
-                .args(["-chardev", "null,id=tty", "-monitor", "none"])
-                .stdin(Stdio::null());
+            self.qemu.args(["-chardev", "null,id=tty", "-monitor", "none"]).stdin(Stdio::null());
         }
-        self.qemu
-            .stdout(if job.tty {
-                Stdio::inherit()
-            } else {
-                Stdio::null()
-            })
-            .stderr(Stdio::piped());
+        self.qemu.stdout(if job.tty { Stdio::inherit() } else { Stdio::null() }).stderr(Stdio::piped());
         let mut child = self.qemu.spawn().context("Cannot start QEMU")?;
         let out = pump(self.out.try_clone()?, stdout());
         let err = pump(self.err.try_clone()?, stderr());
@@ -213,10 +157,7 @@ impl Machine {
             drop(io::stderr().write_all(&fs::read(&self.console).unwrap_or_default()));
         }
         drop((out.join(), err.join()));
-        let status = rc
-            .join()
-            .ok()
-            .and_then(|text| String::from_utf8_lossy(&text).trim().parse::<i32>().ok());
+        let status = rc.join().ok().and_then(|text| String::from_utf8_lossy(&text).trim().parse::<i32>().ok());
         match status {
             // busybox's timeout kills with SIGKILL and reports what the shell makes of that.
             Some(137 | 143) if began.elapsed() >= job.limit => Ok(TIMED_OUT),
@@ -243,8 +184,7 @@ impl Machine {
     }
 
     fn show_failure(&self, child: &mut Child) {
-        let mut text =
-            String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
+        let mut text = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
         if let Some(mut errors) = child.stderr.take() {
             drop(errors.read_to_string(&mut text));
         }
@@ -260,16 +200,9 @@ fn order(job: &Job) -> String {
     let now = UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
     let user = if job.user { "user" } else { "root" };
     let tty = if job.tty { "tty" } else { "pipe" };
-    let size = if job.tty {
-        tcgetwinsize(stdin()).ok()
-    } else {
-        None
-    };
+    let size = if job.tty { tcgetwinsize(stdin()).ok() } else { None };
     let (rows, columns) = size.map_or((24, 80), |size| (size.ws_row, size.ws_col));
-    format!(
-        "{now} {user} {tty} {} {rows} {columns}\n",
-        job.limit.as_secs()
-    )
+    format!("{now} {user} {tty} {} {rows} {columns}\n", job.limit.as_secs())
 }
 
 /// QEMU without the console's and the monitor's other ends.
@@ -279,79 +212,25 @@ fn qemu(tools: &Tools, dir: &Path, disk: &Path, console: &Path) -> Command {
     command.args(["--pdeathsig", "KILL", "--"]);
     let tree = &tools.qemu;
     command.arg(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
-    command
-        .arg("--library-path")
-        .arg(tree.join("usr/lib/x86_64-linux-gnu"));
+    command.arg("--library-path").arg(tree.join("usr/lib/x86_64-linux-gnu"));
     command.arg(tree.join("usr/bin/qemu-system-x86_64"));
-    command
-        .arg("-L")
-        .arg(tree.join("usr/share/qemu"))
-        .arg("-L")
-        .arg(tree.join("usr/share/seabios"));
+    command.arg("-L").arg(tree.join("usr/share/qemu")).arg("-L").arg(tree.join("usr/share/seabios"));
     // With `-cpu max` emulation is up to three times slower; without nested paging the inner guest hangs.
-    command.args([
-        "-M",
-        "q35,hpet=off",
-        "-accel",
-        "tcg,thread=multi,tb-size=512",
-        "-cpu",
-        "EPYC,+svm,+npt",
-    ]);
-    command.args([
-        "-smp",
-        CPUS,
-        "-m",
-        MEMORY,
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
-    command.args([
-        "-device",
-        "virtio-serial-pci",
-        "-device",
-        "virtconsole,chardev=tty",
-    ]);
-    command.args([
-        "-object",
-        "rng-random,id=rng,filename=/dev/urandom",
-        "-device",
-        "virtio-rng-pci,rng=rng",
-    ]);
+    command.args(["-M", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt"]);
+    command.args(["-smp", CPUS, "-m", MEMORY, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    command.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=tty"]);
+    command.args(["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]);
     for port in ["out", "err", "rc", "ctl"] {
-        command.arg("-chardev").arg(format!(
-            "socket,id={port},path={}",
-            dir.join(port).display()
-        ));
-        command
-            .arg("-device")
-            .arg(format!("virtserialport,chardev={port},name={port}"));
+        command.arg("-chardev").arg(format!("socket,id={port},path={}", dir.join(port).display()));
+        command.arg("-device").arg(format!("virtserialport,chardev={port},name={port}"));
     }
-    for (name, path, readonly) in [
-        ("tools", &tools.disk, "on"),
-        ("run", &disk.to_path_buf(), "off"),
-    ] {
+    for (name, path, readonly) in [("tools", &tools.disk, "on"), ("run", &disk.to_path_buf(), "off")] {
         command.arg("-drive");
-        command.arg(format!(
-            "if=none,id={name},file={},format=raw,cache=unsafe,readonly={readonly}",
-            path.display()
-        ));
-        command
-            .arg("-device")
-            .arg(format!("virtio-blk-pci,drive={name},serial={name}"));
+        command.arg(format!("if=none,id={name},file={},format=raw,cache=unsafe,readonly={readonly}", path.display()));
+        command.arg("-device").arg(format!("virtio-blk-pci,drive={name},serial={name}"));
     }
-    command
-        .arg("-chardev")
-        .arg(format!("file,id=serial,path={}", console.display()))
-        .args(["-serial", "chardev:serial"]);
-    command
-        .arg("-kernel")
-        .arg(&tools.vmlinux)
-        .arg("-initrd")
-        .arg(&tools.initrd)
-        .args(["-append", CMDLINE]);
+    command.arg("-chardev").arg(format!("file,id=serial,path={}", console.display())).args(["-serial", "chardev:serial"]);
+    command.arg("-kernel").arg(&tools.vmlinux).arg("-initrd").arg(&tools.initrd).args(["-append", CMDLINE]);
     command
 }
 

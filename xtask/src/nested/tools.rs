@@ -11,26 +11,10 @@ use crate::{cache, say};
 
 const QEMU: &[&str] = &["qemu-system-x86", "seabios"];
 /// What the machine has beyond the guest's userland: the disk server we compare ourselves with, and tools for tests.
-const EXTRA: &[&str] = &[
-    "qemu-utils",
-    "qemu-system-common",
-    "strace",
-    "psmisc",
-    "libcap2-bin",
-];
+const EXTRA: &[&str] = &["qemu-utils", "qemu-system-common", "strace", "psmisc", "libcap2-bin"];
 /// Modules of the machine: its disks and their file systems, KVM, and what tests of other devices load.
-const MODULES: &[&str] = &[
-    "virtio_blk",
-    "virtio-rng",
-    "crc32c_generic",
-    "ext4",
-    "overlay",
-    "irqbypass",
-    "ccp",
-    "kvm",
-    "kvm_amd",
-    "tun",
-];
+const MODULES: &[&str] =
+    &["virtio_blk", "virtio-rng", "crc32c_generic", "ext4", "overlay", "irqbypass", "ccp", "kvm", "kvm_amd", "tun"];
 /// Increase when what is made from the same inputs changes.
 const VERSION: &[u8] = b"3";
 
@@ -48,13 +32,7 @@ pub(crate) struct Tools {
 }
 
 fn key() -> Result<String> {
-    let texts = [
-        guest::script("nested-init")?,
-        guest::script("nested")?,
-        guest::key()?,
-        MODULES.join(" "),
-        EXTRA.join(" "),
-    ];
+    let texts = [guest::script("nested-init")?, guest::script("nested")?, guest::key()?, MODULES.join(" "), EXTRA.join(" ")];
     let mut parts: Vec<&[u8]> = vec![VERSION];
     parts.extend(texts.iter().map(String::as_bytes));
     Ok(cache::key(&parts))
@@ -76,9 +54,7 @@ pub(crate) fn prepare(images: &Path) -> Result<Tools> {
     let packages = Packages::default();
     let qemu = dir.join("qemu");
     cache::product(&qemu, &qemu_key(), |tree| {
-        packages
-            .apt()?
-            .unpack_all(debian::BACKPORTS, QEMU, |_| false, tree)?;
+        packages.apt()?.unpack_all(debian::BACKPORTS, QEMU, |_| false, tree)?;
         guest::slim(tree)
     })?;
     let nested = dir.join("nested");
@@ -95,21 +71,13 @@ pub(crate) fn prepare(images: &Path) -> Result<Tools> {
         disk(&packages, &userland, images, &fresh.join("tools.img"))
     })?;
     let part = |name: &str| nested.join(name);
-    Ok(Tools {
-        qemu,
-        vmlinux: images.join("vmlinux"),
-        initrd: part("initrd.img"),
-        disk: part("tools.img"),
-        key,
-    })
+    Ok(Tools { qemu, vmlinux: images.join("vmlinux"), initrd: part("initrd.img"), disk: part("tools.img"), key })
 }
 
 fn disk(packages: &Packages, userland: &Path, images: &Path, disk: &Path) -> Result<()> {
     let tree = disk.with_extension("tree");
     image::copy_tree(userland, &tree)?;
-    packages
-        .apt()?
-        .unpack_all(debian::RELEASE, EXTRA, guest::is_ballast, &tree)?;
+    packages.apt()?.unpack_all(debian::RELEASE, EXTRA, guest::is_ballast, &tree)?;
     guest::slim(&tree)?;
     say::step("Make the nested machine's disk", || {
         image::basic_files(&tree, "nested")?;
@@ -120,15 +88,7 @@ fn disk(packages: &Packages, userland: &Path, images: &Path, disk: &Path) -> Res
         for file in ["vmlinuz", "vmlinux", "initrd.img", "root.img"] {
             image::copy_tree(&images.join(file), &tree.join("guest").join(file))?;
         }
-        image::ext4(
-            &tree,
-            disk,
-            &image::Shape {
-                megabytes: 4096,
-                journal: false,
-                label: "tools",
-            },
-        )
+        image::ext4(&tree, disk, &image::Shape { megabytes: 4096, journal: false, label: "tools" })
     })?;
     cache::remove_tree(&tree)
 }
