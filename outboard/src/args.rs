@@ -17,6 +17,9 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a machine, from a machine file or from flags
+    ///
+    /// Exit status: 0 the guest powered off, 1 something failed, 2 wrong usage, 3 the guest rebooted and `--on-reboot exit`
+    /// was asked for, 4 the guest's kernel panicked, 5 the guest's processor shut down (triple fault).
     Run(Box<Run>),
     /// Show the machines that run, and which process serves which device
     Ps(Ps),
@@ -27,10 +30,7 @@ pub enum Command {
     Janitor(Janitor),
 }
 
-/// Run a machine.
-///
-/// Exit status: 0 the guest powered off, 1 something failed, 2 wrong usage, 3 the guest rebooted and `--on-reboot exit`
-/// was asked for, 4 the guest's kernel panicked, 5 the guest's processor shut down (triple fault).
+/// Arguments of `run`.
 #[derive(Debug, clap::Args)]
 #[command(arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Run {

@@ -143,7 +143,7 @@ impl Disk {
 
 /// A source of random numbers.
 #[must_use]
-pub fn rng(name: String, limit: Option<(u64, u64)>) -> Device {
+pub fn rng(name: String, limit: Option<(u32, u32)>) -> Device {
     let mut args: Vec<OsString> = Vec::new();
     if let Some((bytes, milliseconds)) = limit {
         args.extend(["--max-bytes".into(), bytes.to_string().into()]);

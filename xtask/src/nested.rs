@@ -14,7 +14,7 @@
 //! interactive command gets the user's terminal through a virtio console instead.
 
 mod machine;
-mod tools;
+pub(crate) mod tools;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -162,10 +162,23 @@ pub(crate) fn quote(word: &str) -> String {
 
 /// A fresh directory, beside the images so that copies can share their blocks.
 pub(crate) fn fresh_dir(parent: &Path) -> Result<PathBuf> {
+    sweep(parent)?;
     let nanoseconds = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
     let dir = parent.join(format!("run-{}-{nanoseconds}", std::process::id()));
     fs::create_dir(&dir).with_context(|| format!("Cannot create {}", dir.display()))?;
     Ok(dir)
+}
+
+/// Removes what tasks that were interrupted have left.
+fn sweep(parent: &Path) -> Result<()> {
+    for entry in fs::read_dir(parent).with_context(|| format!("Cannot read {}", parent.display()))? {
+        let path = entry?.path();
+        let owner = path.file_name().and_then(|name| name.to_str()?.strip_prefix("run-")?.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            cache::remove_tree(&path)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

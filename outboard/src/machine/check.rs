@@ -23,6 +23,11 @@ pub fn machine(machine: &Machine) -> Result<()> {
     if machine.cpus == 0 || machine.cpus > MOST_CPUS {
         usage!("A machine cannot have {} processors: the number must be between 1 and {MOST_CPUS}", machine.cpus);
     }
+    if let Some(floor) = &machine.sandbox_floor
+        && let Err(problem) = floor.parse::<sandbox::Floor>()
+    {
+        usage!("Cannot lower the sandbox's floor to `{floor}`: {problem}");
+    }
     let kernel = readable(&machine.kernel).with_context(|| about("kernel", &machine.kernel))?;
     let initrd = match &machine.initrd {
         Some(path) => readable(path).with_context(|| about("initrd", path))?,

@@ -28,6 +28,9 @@ struct File {
     device: Named<DeviceTable>,
 }
 
+/// The period of a limited source of random numbers, in milliseconds.
+const DEFAULT_PERIOD: u32 = 1000;
+
 /// Tables by name, each knowing where it stands: the guest finds the devices in the order of the file.
 type Named<T> = BTreeMap<String, Spanned<T>>;
 
@@ -71,8 +74,8 @@ enum Format {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RngTable {
-    max_bytes: Option<u64>,
-    period: Option<u64>,
+    max_bytes: Option<u32>,
+    period: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -178,8 +181,9 @@ fn disk(name: &str, table: &DiskTable, dir: &Path) -> Device {
 fn rng_device(name: &str, table: &RngTable) -> Result<Device> {
     let limit = match (table.max_bytes, table.period) {
         (None, None) => None,
-        (Some(bytes), Some(period)) => Some((bytes, period)),
-        _ => usage!("[rng.{name}] needs both `max-bytes` and `period`, or neither"),
+        (Some(0), _) | (_, Some(0)) => usage!("[rng.{name}] has a limit of nothing: both numbers start at 1"),
+        (Some(bytes), period) => Some((bytes, period.unwrap_or(DEFAULT_PERIOD))),
+        (None, Some(_)) => usage!("[rng.{name}] has a `period` and no `max-bytes` to go with it"),
     };
     Ok(rng(name.to_owned(), limit))
 }

@@ -166,6 +166,10 @@ impl Log {
     /// The last thing a process said that never served, without its own name in front.
     pub fn last_words(&mut self) -> Option<String> {
         let lines = self.held.take()?;
+        // The command line parser ends its error with advice that would be of no use here.
+        if let Some(error) = lines.iter().find_map(|line| line.strip_prefix("error: ")) {
+            return Some(error.to_owned());
+        }
         let last = lines.iter().rev().find(|line| !line.trim().is_empty())?;
         let program = last.strip_prefix("outboard-").and_then(|rest| rest.split_once(": "));
         Some(program.map_or(last.as_str(), |(_, sentence)| sentence).to_owned())

@@ -157,7 +157,8 @@ fn serial_file(machine: &Machine) -> Result<Option<File>> {
 }
 
 /// What only root has, and a composer does not need: its children make their own namespaces inside the machine's, as any user
-/// may. Only the machine's own had to be made before, because mapping root takes a capability.
+/// may. Only the machine's own had to be made before, because mapping root takes a capability. There is no system call filter:
+/// filters are inherited, so it would have to allow whatever any program of the machine needs before it installs its own.
 fn give_up() -> Result<()> {
     set_no_new_privs(true).context("Cannot give up new privileges")?;
     let none = CapabilitySet::empty();

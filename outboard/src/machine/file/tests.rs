@@ -82,6 +82,6 @@ fn what_is_missing_or_of_the_wrong_kind_is_said() {
 fn tables_whose_keys_depend_on_each_other() {
     let with = |table: &str| error(&format!("[machine]\nkernel = \"k\"\n{table}"));
     assert_eq!(with("[console.c]\noutput = \"file\"\n"), "machine.toml:3: [console.c] needs a `path`");
-    assert_eq!(with("[rng.r]\nperiod = 5\n"), "machine.toml:3: [rng.r] needs both `max-bytes` and `period`, or neither");
+    assert_eq!(with("[rng.r]\nperiod = 5\n"), "machine.toml:3: [rng.r] has a `period` and no `max-bytes` to go with it");
     assert_eq!(with("[device.d]\nsocket = \"s\"\n"), "machine.toml:3: [device.d] needs either a `class` or an `id`");
 }
