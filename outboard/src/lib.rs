@@ -1,1 +1,62 @@
-//! The outboard process.
+//! The composer: it makes one virtual machine out of processes and keeps them alive.
+//!
+//! # Theory of operation
+//!
+//! `outboard run` reads a machine file ([`machine`]), checks what it names, makes a runtime directory ([`runtime`]) and then
+//! starts, for every device, one confined process holding one end of a socket pair, and the VMM holding the other ends
+//! ([`supervisor`]). From there it waits in one loop. It is single-threaded, it reads no guest byte, and it is on no
+//! data path: a machine runs at full speed while the composer sleeps.
+//!
+//! What happens when something ends is the composer's whole purpose:
+//!
+//! | what ends | what follows |
+//! |---|---|
+//! | a device process | it is started again, at once and then with growing delay, and re-plugged into the VMM |
+//! | a device process that never served | the machine file is wrong: everything ends, with that process's own sentence |
+//! | somebody else's backend | its socket is tried again with growing delay, and re-plugged |
+//! | the process of the user's terminal, with 0 | the user has left: the power button, a deadline, the end |
+//! | the VMM | the machine has ended; its exit status becomes ours |
+//! | the composer, by a signal | the power button, a deadline, the end; a second signal ends at once |
+//! | the composer, by SIGKILL | the kernel kills every child; the [`janitor`] removes the directory and restores the terminal |
+//!
+//! The [`control`] socket of a running machine speaks QMP. [`ps`] and [`stop`] are its clients; they hold no state.
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod control;
+pub mod error;
+pub mod janitor;
+pub mod machine;
+pub mod notices;
+pub mod ps;
+pub mod runtime;
+pub mod stop;
+pub mod supervisor;
+pub mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+use error::Usage;
+
+/// Wrong usage, as opposed to something that failed.
+const USAGE: u8 = 2;
+
+/// The program.
+pub fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Run(args) => supervisor::run(&args),
+        Command::Ps(args) => ps::run(&args),
+        Command::Stop(args) => stop::run(&args),
+        Command::Janitor(args) => janitor::run(&args),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            notices::line(&format!("outboard: {error:#}"));
+            ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
+        }
+    }
+}

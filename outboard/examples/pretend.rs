@@ -1,0 +1,132 @@
+//! Stands in for every other program in the composer's tests: under the name `outboard-vmm` it answers as a VMM does, under
+//! the name of a device it holds its connection until the other end hangs up. What it is to do differently is in the
+//! environment variable `PRETEND`, words of the form `NAME:WHAT` separated by spaces:
+//!
+//! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence;
+//! - `blk:1` fails with status 1 and a sentence, `blk:crash` aborts after serving for a moment, `console:leave` ends with 0.
+
+use std::ffi::OsString;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{ExitCode, abort};
+use std::time::Duration;
+use std::{env, thread};
+
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg, sendmsg};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args_os().map(|arg: OsString| arg.to_string_lossy().into_owned()).collect();
+    let name = args.first().and_then(|path| path.rsplit("outboard-").next()).unwrap_or_default().to_owned();
+    let wishes = env::var("PRETEND").unwrap_or_default();
+    let wish = wishes.split(' ').find_map(|word| word.strip_prefix(&format!("{name}:"))).unwrap_or_default();
+    match name.as_str() {
+        "vmm" => vmm(&args, wish),
+        _ => device(&name, &args, wish),
+    }
+}
+
+fn value<'a>(args: &'a [String], flag: &str) -> Option<&'a str> {
+    args.iter().position(|arg| arg == flag).and_then(|at| args.get(at + 1)).map(String::as_str)
+}
+
+fn descriptor(args: &[String], flag: &str) -> Option<OwnedFd> {
+    sandbox::inherited(value(args, flag)?.parse().ok()?)
+}
+
+fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
+    if let Ok(status) = wish.parse::<u8>() {
+        eprintln!("outboard-{name}: Cannot open image /x.img: it is in use");
+        return ExitCode::from(status);
+    }
+    let Some(connection) = descriptor(args, "--fd") else {
+        return ExitCode::from(2);
+    };
+    let mut connection = UnixStream::from(connection);
+    let _vmm_gone = connection.write_all(b"+");
+    if !wish.is_empty() {
+        thread::sleep(Duration::from_millis(300));
+        match wish {
+            "crash" => abort(),
+            "leave" => return ExitCode::SUCCESS,
+            _ => {}
+        }
+    }
+    let _hung_up = connection.read(&mut [0]);
+    ExitCode::SUCCESS
+}
+
+fn vmm(args: &[String], wish: &str) -> ExitCode {
+    if wish == "die" {
+        eprintln!("outboard-vmm: Cannot open /dev/kvm: Permission denied (os error 13)");
+        return ExitCode::FAILURE;
+    }
+    let Some(control) = descriptor(args, "--control-fd") else {
+        return ExitCode::from(2);
+    };
+    let mut connections = Vec::new();
+    let devices = args.windows(2).filter(|pair| pair.first().is_some_and(|flag| flag == "--device"));
+    let names: Vec<String> = devices.filter_map(|pair| Some(pair.get(1)?.split(',').next()?.to_owned())).collect();
+    for device in args.iter().filter(|arg| arg.contains(",fd=")) {
+        let number = device.split(",fd=").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
+        connections.extend(number.and_then(sandbox::inherited));
+    }
+    tell(&control, &json!({"event": "started"}));
+    let mut connections: Vec<UnixStream> = connections.into_iter().map(UnixStream::from).collect();
+    for (name, connection) in names.iter().zip(&mut connections) {
+        serve(&control, name, connection);
+    }
+    if let Ok(status) = wish.parse::<u8>() {
+        thread::sleep(Duration::from_millis(200));
+        return ExitCode::from(status);
+    }
+    while let Some((message, descriptor)) = hear(&control) {
+        match message["command"].as_str() {
+            Some("power-button") if wish == "deaf" => {}
+            Some("power-button" | "quit") => break,
+            Some("replug") => {
+                let name = message["device"].as_str().unwrap_or_default();
+                if let Some(mut connection) = descriptor.map(UnixStream::from) {
+                    serve(&control, name, &mut connection);
+                    connections.push(connection);
+                }
+            }
+            _ => tell(&control, &json!({"event": "guest", "what": "reset"})),
+        }
+    }
+    for connection in connections {
+        drop(connection.shutdown(Shutdown::Both));
+    }
+    ExitCode::SUCCESS
+}
+
+/// A backend counts as connected when it has said something.
+fn serve(control: &OwnedFd, name: &str, connection: &mut UnixStream) {
+    if !name.starts_with("share") && connection.read_exact(&mut [0]).is_err() {
+        return;
+    }
+    tell(control, &json!({"event": "device", "device": name, "state": "connected"}));
+}
+
+fn tell(control: &OwnedFd, event: &Value) {
+    let text = event.to_string();
+    let mut none = SendAncillaryBuffer::default();
+    let _composer_gone = sendmsg(control, &[IoSlice::new(text.as_bytes())], &mut none, SendFlags::NOSIGNAL);
+}
+
+fn hear(control: &OwnedFd) -> Option<(Value, Option<OwnedFd>)> {
+    let mut buffer = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let count = recvmsg(control.as_fd(), &mut [IoSliceMut::new(&mut buffer)], &mut ancillary, RecvFlags::empty()).ok()?.bytes;
+    let mut descriptors = ancillary.drain().filter_map(|message| match message {
+        rustix::net::RecvAncillaryMessage::ScmRights(rights) => Some(rights),
+        _ => None,
+    });
+    let descriptor = descriptors.next().and_then(|mut rights| rights.next());
+    let message = serde_json::from_slice(buffer.get(..count)?).ok()?;
+    Some((message, descriptor))
+}

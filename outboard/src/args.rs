@@ -1,0 +1,135 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Compose a virtual machine out of processes: a slim VMM, and one confined process for every device.
+#[derive(Debug, Parser)]
+#[command(name = "outboard", version)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a machine, from a machine file or from flags
+    ///
+    /// Exit status: 0 the guest powered off, 1 something failed, 2 wrong usage, 3 the guest rebooted and `--on-reboot exit`
+    /// was asked for, 4 the guest's kernel panicked, 5 the guest's processor shut down (triple fault).
+    Run(Box<Run>),
+    /// Show the machines that run, and which process serves which device
+    Ps(Ps),
+    /// Press a machine's power button, and end it if it does not power off
+    Stop(Stop),
+    /// Clean up after a composer that was killed
+    #[command(hide = true)]
+    Janitor(Janitor),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+#[command(arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Run {
+    /// The machine file; everything below is for machines without one
+    #[arg(value_name = "MACHINE.TOML", conflicts_with = "flags", required_unless_present = "kernel")]
+    pub file: Option<PathBuf>,
+    /// Show, once all devices are connected, which process serves which device
+    #[arg(long)]
+    pub announce: bool,
+    /// The machine, in flags.
+    #[command(flatten)]
+    pub flags: Flags,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  outboard run machine.toml
+  outboard run --kernel vmlinuz --initrd initrd.img --cmdline 'console=hvc0 root=/dev/vda' \\
+               --memory 512M --cpus 2 --disk path=root.img,format=raw --rng --console terminal";
+
+/// A machine in flags.
+#[derive(Debug, Default, clap::Args)]
+#[group(id = "flags", multiple = true)]
+pub struct Flags {
+    /// The machine's name, for `ps` and `stop` [default: machine-PID]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// The kernel: a bzImage or an ELF file
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// The guest's memory, such as 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// The number of processors [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u8>,
+    /// A disk: path=PATH[,format=raw][,readonly][,queues=N][,serial=TEXT]
+    #[arg(long, value_name = "DISK")]
+    pub disk: Vec<String>,
+    /// A source of random numbers
+    #[arg(long)]
+    pub rng: bool,
+    /// A console: terminal, pty, file=PATH or socket=PATH
+    #[arg(long, value_name = "CONSOLE")]
+    pub console: Vec<String>,
+    /// Somebody else's backend: NAME,class=CLASS,socket=PATH[,queues=N] or NAME,id=VIRTIO-ID,queues=N,socket=PATH
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Vec<String>,
+    /// The serial port: none, stdio or a file's path [default: none]
+    #[arg(long, value_name = "WHERE")]
+    pub serial: Option<String>,
+    /// What to do when the guest reboots [default: restart]
+    #[arg(long, value_name = "ACTION")]
+    pub on_reboot: Option<OnReboot>,
+    /// How much confinement the processes may go without on an old kernel; see the threat model
+    #[arg(long, value_name = "FLOOR")]
+    pub sandbox_floor: Option<String>,
+}
+
+/// What to do when the guest reboots.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReboot {
+    /// Start again; every process and every connection stays.
+    #[default]
+    Restart,
+    /// End with exit status 3.
+    Exit,
+}
+
+/// Show the machines that run.
+#[derive(Debug, clap::Args)]
+pub struct Ps {
+    /// Only this machine
+    pub name: Option<String>,
+    /// For programs: JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Stop a machine.
+#[derive(Debug, clap::Args)]
+pub struct Stop {
+    /// The machine's name, as `outboard ps` shows it
+    pub name: String,
+    /// How long the guest may take to power off before the machine is ended
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub timeout: u64,
+}
+
+/// Stdin is a socket to the composer, stdout the runtime directory, stderr the terminal if there is one.
+#[derive(Debug, clap::Args)]
+pub struct Janitor {
+    /// The runtime directory's path
+    pub dir: PathBuf,
+}

@@ -1,0 +1,201 @@
+//! The control socket of a running machine: JSON lines as QEMU's monitor protocol (QMP) has them, so that existing clients
+//! work. One command is ours: `query-outboard` answers with the machine's processes.
+//!
+//! The socket lies in a directory that only its owner can enter. Even so nobody can harm the machine by accident: a client
+//! that does not read is dropped, a line has a greatest length, and there are only so many clients.
+
+pub mod client;
+pub mod report;
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use report::Report;
+
+/// More would mean that somebody forgets to close connections.
+const MOST_CLIENTS: usize = 16;
+/// The longest command of this protocol is a few hundred bytes.
+const LONGEST_LINE: usize = 64 * 1024;
+
+/// What a client wants of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// `system_powerdown`
+    PowerButton,
+    /// `system_reset`
+    Reset,
+    /// `quit`
+    Quit,
+}
+
+/// The listening end with its clients.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    clients: Vec<Client>,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    negotiated: bool,
+    gone: bool,
+}
+
+impl Server {
+    /// Listens at a path.
+    pub fn new(path: &Path) -> Result<Self> {
+        let about = || format!("Cannot listen on {}", path.display());
+        let listener = UnixListener::bind(path).with_context(about)?;
+        listener.set_nonblocking(true).with_context(about)?;
+        Ok(Self { listener, clients: Vec::new() })
+    }
+
+    /// What to wait for: new clients first, then each client's words.
+    pub fn sources(&self) -> (BorrowedFd<'_>, impl Iterator<Item = BorrowedFd<'_>>) {
+        (self.listener.as_fd(), self.clients.iter().map(|client| client.stream.as_fd()))
+    }
+
+    /// Takes in a new client and greets it.
+    pub fn accept(&mut self) {
+        let Ok((stream, _)) = self.listener.accept() else {
+            return;
+        };
+        if self.clients.len() >= MOST_CLIENTS || stream.set_nonblocking(true).is_err() {
+            return; // closed by being dropped
+        }
+        let mut client = Client { stream, input: Vec::new(), negotiated: false, gone: false };
+        client.send(&json!({"QMP": {"version": version(), "capabilities": []}}));
+        self.clients.push(client);
+    }
+
+    /// Reads what a client says and answers it. What it wants of the machine is returned.
+    pub fn hear(&mut self, index: usize, report: &Report) -> Vec<Wish> {
+        let Some(client) = self.clients.get_mut(index) else {
+            return Vec::new();
+        };
+        client.read().iter().filter_map(|line| client.obey(line, report)).collect()
+    }
+
+    /// Tells every client what happened.
+    pub fn announce(&mut self, event: &str, data: &Value) {
+        let now = UNIX_EPOCH.elapsed().unwrap_or_default();
+        let timestamp = json!({"seconds": now.as_secs(), "microseconds": now.subsec_micros()});
+        let message = json!({"event": event, "data": data, "timestamp": timestamp});
+        for client in self.clients.iter_mut().filter(|client| client.negotiated) {
+            client.send(&message);
+        }
+    }
+
+    /// Forgets the clients that are gone. Only between two rounds of the loop, because it changes their numbers.
+    pub fn sweep(&mut self) {
+        self.clients.retain(|client| !client.gone);
+    }
+}
+
+impl Client {
+    fn read(&mut self) -> Vec<Vec<u8>> {
+        let mut buffer = [0_u8; 4096];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => self.gone = true,
+            Ok(count) => self.input.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => self.gone = true,
+        }
+        let mut lines = Vec::new();
+        while let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
+            let rest = self.input.split_off(end + 1);
+            lines.push(std::mem::replace(&mut self.input, rest));
+        }
+        if self.input.len() > LONGEST_LINE {
+            self.gone = true;
+        }
+        lines
+    }
+
+    /// Answers one command.
+    fn obey(&mut self, line: &[u8], report: &Report) -> Option<Wish> {
+        if line.iter().all(u8::is_ascii_whitespace) {
+            return None;
+        }
+        let Ok(message) = serde_json::from_slice::<Value>(line) else {
+            self.send(&error("GenericError", "This is not JSON"));
+            return None;
+        };
+        let name = message.get("execute").and_then(Value::as_str).unwrap_or_default();
+        let (mut answer, wish) = self.answer(name, report);
+        if let (Some(id), Some(answer)) = (message.get("id"), answer.as_object_mut()) {
+            answer.insert("id".to_owned(), id.clone());
+        }
+        self.send(&answer);
+        wish
+    }
+
+    fn answer(&mut self, name: &str, report: &Report) -> (Value, Option<Wish>) {
+        if !self.negotiated && name != "qmp_capabilities" {
+            let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
+            return (error("CommandNotFound", text), None);
+        }
+        let done = json!({"return": {}});
+        match name {
+            "qmp_capabilities" => {
+                self.negotiated = true;
+                (done, None)
+            }
+            "query-status" => {
+                let running = report.status == "running";
+                (json!({"return": {"status": report.status, "running": running, "singlestep": false}}), None)
+            }
+            "query-name" => (json!({"return": {"name": report.name}}), None),
+            "query-version" => (json!({"return": version()}), None),
+            "query-commands" => {
+                let names: Vec<Value> = COMMANDS.iter().map(|name| json!({"name": name})).collect();
+                (json!({"return": names}), None)
+            }
+            "query-outboard" => (json!({"return": report}), None),
+            "system_powerdown" => (done, Some(Wish::PowerButton)),
+            "system_reset" => (done, Some(Wish::Reset)),
+            "quit" => (done, Some(Wish::Quit)),
+            _ => (error("CommandNotFound", &format!("The command {name} has not been found")), None),
+        }
+    }
+
+    /// Sends a message whole, or gives the client up: what the kernel cannot take at once would have to be kept by us.
+    fn send(&mut self, message: &Value) {
+        let line = format!("{message}\r\n");
+        match self.stream.write(line.as_bytes()) {
+            Ok(count) if count == line.len() => {}
+            _ => self.gone = true,
+        }
+    }
+}
+
+const COMMANDS: &[&str] = &[
+    "qmp_capabilities",
+    "query-commands",
+    "query-name",
+    "query-outboard",
+    "query-status",
+    "query-version",
+    "quit",
+    "system_powerdown",
+    "system_reset",
+];
+
+fn version() -> Value {
+    json!({"qemu": {"major": 0, "minor": 0, "micro": 0}, "package": concat!("outboard ", env!("CARGO_PKG_VERSION"))})
+}
+
+fn error(class: &str, description: &str) -> Value {
+    json!({"error": {"class": class, "desc": description}})
+}
+
+#[cfg(test)]
+mod tests;

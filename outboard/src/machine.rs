@@ -1,0 +1,183 @@
+//! What a machine consists of, read from a machine file or from flags and checked before anything is started.
+//!
+//! Paths in a machine file are relative to the file, paths in flags to the working directory; here they are absolute,
+//! because a process that is started in a mount namespace of its own has another idea of where it stands.
+
+pub mod check;
+pub mod file;
+pub mod flags;
+pub mod nearest;
+pub mod size;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::args::OnReboot;
+
+/// A machine.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Its name among the machines of this user.
+    pub name: String,
+    /// Processors.
+    pub cpus: u8,
+    /// Memory in bytes, whole MiB.
+    pub memory: u64,
+    /// A bzImage or an ELF file.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Where the serial port leads.
+    pub serial: Serial,
+    /// What a reboot of the guest means.
+    pub on_reboot: OnReboot,
+    /// Whether device processes that die are started again.
+    pub restart: Restart,
+    /// Passed on to every process.
+    pub sandbox_floor: Option<String>,
+    /// In the order in which the guest finds them.
+    pub devices: Vec<Device>,
+}
+
+/// Where the serial port leads.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Serial {
+    /// Nowhere.
+    #[default]
+    None,
+    /// To our own stdin and stdout.
+    Stdio,
+    /// Into this file, at its end.
+    File(PathBuf),
+}
+
+/// Whether device processes that die are started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// For ever, with growing delay.
+    #[default]
+    Always,
+    /// The guest goes on without the device.
+    Never,
+}
+
+/// A device of the machine.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Unique in the machine.
+    pub name: String,
+    /// What the guest sees.
+    pub class: Class,
+    /// More queues than usual.
+    pub queues: Option<u16>,
+    /// Who serves it.
+    pub backend: Backend,
+}
+
+/// What kind of device the guest sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Class {
+    /// A class the VMM has a name for.
+    Named(String),
+    /// Any other virtio device, by its number.
+    Id(u32),
+}
+
+/// Who serves a device.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// A process that the composer starts and keeps alive.
+    Process(Program),
+    /// Somebody else's process, which listens here.
+    Socket(PathBuf),
+}
+
+/// A program beside `outboard`, with its arguments.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Program {
+    /// Its file name.
+    pub name: &'static str,
+    /// Its arguments, without the connection.
+    pub args: Vec<OsString>,
+    /// It owns our terminal: it gets our stdin and stdout, and when it ends with 0, the user has left.
+    pub terminal: bool,
+    /// A file that must be there before the program is started.
+    pub needs: Option<PathBuf>,
+}
+
+/// A disk, before it becomes a device.
+#[derive(Debug)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// Without writing to it.
+    pub readonly: bool,
+    /// Request queues.
+    pub queues: Option<u16>,
+    /// What the guest reads as the disk's serial number.
+    pub serial: Option<String>,
+}
+
+impl Disk {
+    /// The device.
+    #[must_use]
+    pub fn device(self, name: String) -> Device {
+        let mut args: Vec<OsString> = vec!["--blk-file".into(), self.path.clone().into()];
+        args.extend(["--format".into(), "raw".into()]);
+        if self.readonly {
+            args.push("--read-only".into());
+        }
+        if let Some(queues) = self.queues {
+            args.extend(["--num-queues".into(), queues.to_string().into()]);
+        }
+        if let Some(serial) = self.serial {
+            args.extend(["--serial".into(), serial.into()]);
+        }
+        let program = Program { name: "outboard-blk", args, terminal: false, needs: Some(self.path) };
+        Device { name, class: Class::Named("blk".to_owned()), queues: self.queues, backend: Backend::Process(program) }
+    }
+}
+
+/// A source of random numbers.
+#[must_use]
+pub fn rng(name: String, limit: Option<(u32, u32)>) -> Device {
+    let mut args: Vec<OsString> = Vec::new();
+    if let Some((bytes, milliseconds)) = limit {
+        args.extend(["--max-bytes".into(), bytes.to_string().into()]);
+        args.extend(["--period".into(), milliseconds.to_string().into()]);
+    }
+    let program = Program { name: "outboard-rng", args, terminal: false, needs: None };
+    Device { name, class: Class::Named("rng".to_owned()), queues: None, backend: Backend::Process(program) }
+}
+
+/// Where a console leads.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Console {
+    /// To the terminal `outboard run` was started on.
+    Terminal,
+    /// To a pseudo-terminal, whose name the process prints.
+    Pty,
+    /// Into a file.
+    File(PathBuf),
+    /// To whoever connects to this socket.
+    Socket(PathBuf),
+}
+
+impl Console {
+    /// The device.
+    #[must_use]
+    pub fn device(self, name: String) -> Device {
+        let terminal = self == Self::Terminal;
+        let args: Vec<OsString> = match self {
+            Self::Terminal => vec!["--terminal".into()],
+            Self::Pty => vec!["--pty".into()],
+            Self::File(path) => vec!["--file".into(), path.into()],
+            Self::Socket(path) => vec!["--socket".into(), path.into()],
+        };
+        let program = Program { name: "outboard-console", args, terminal, needs: None };
+        Device { name, class: Class::Named("console".to_owned()), queues: None, backend: Backend::Process(program) }
+    }
+}

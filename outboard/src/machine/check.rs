@@ -1,0 +1,130 @@
+//! What can be known to fail is said before anything is started.
+
+use std::collections::HashSet;
+use std::fs::{File, metadata};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use super::{Backend, Machine, Program, size};
+use crate::usage;
+
+/// What a Linux kernel needs beside its own image and its initrd to reach its first process.
+const LEAST_MEMORY: u64 = 32 << 20;
+/// The VMM's own limit; saying it here names the machine file's key instead of the VMM's flag.
+const MOST_CPUS: u8 = 254;
+/// The name becomes a directory, part of a socket's path (108 bytes in all), and a word in a table.
+const LONGEST_NAME: usize = 40;
+
+/// Checks what a machine names.
+pub fn machine(machine: &Machine) -> Result<()> {
+    name(&machine.name, "machine")?;
+    if machine.cpus == 0 || machine.cpus > MOST_CPUS {
+        usage!("A machine cannot have {} processors: the number must be between 1 and {MOST_CPUS}", machine.cpus);
+    }
+    if let Some(floor) = &machine.sandbox_floor
+        && let Err(problem) = floor.parse::<sandbox::Floor>()
+    {
+        usage!("Cannot lower the sandbox's floor to `{floor}`: {problem}");
+    }
+    let kernel = readable(&machine.kernel).with_context(|| about("kernel", &machine.kernel))?;
+    let initrd = match &machine.initrd {
+        Some(path) => readable(path).with_context(|| about("initrd", path))?,
+        None => 0,
+    };
+    memory(machine.memory, kernel + initrd)?;
+    let mut names = HashSet::new();
+    for device in &machine.devices {
+        name(&device.name, "device")?;
+        if !names.insert(&device.name) {
+            usage!("Two devices are called `{}`: each needs a name of its own", device.name);
+        }
+        match &device.backend {
+            Backend::Process(program) => image(program, &device.name)?,
+            Backend::Socket(path) => socket(path, &device.name)?,
+        }
+    }
+    let terminals =
+        machine.devices.iter().filter(|device| matches!(&device.backend, Backend::Process(Program { terminal: true, .. })));
+    if terminals.count() > 1 {
+        usage!("Only one console can have the terminal");
+    }
+    Ok(())
+}
+
+fn memory(bytes: u64, files: u64) -> Result<()> {
+    if !bytes.is_multiple_of(1 << 20) {
+        usage!("Memory of {} is not a whole number of MiB", size::show(bytes));
+    }
+    let least = (LEAST_MEMORY + files).next_multiple_of(1 << 20);
+    if bytes < least {
+        usage!("Memory of {} is too little: this kernel and its initrd need at least {}", size::show(bytes), size::show(least));
+    }
+    Ok(())
+}
+
+/// A machine's or device's name.
+pub fn name(name: &str, what: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > LONGEST_NAME || name.starts_with('.') || !name.chars().all(good) {
+        usage!(
+            "`{name}` cannot be the name of a {what}: letters, digits, `-`, `_` and `.` are allowed, \
+             {LONGEST_NAME} at most, no `.` in front"
+        );
+    }
+    Ok(())
+}
+
+/// A regular file we may read; its size.
+fn readable(path: &Path) -> Result<u64> {
+    let kind = File::open(path)?.metadata()?;
+    if !kind.is_file() {
+        bail!("not a regular file");
+    }
+    Ok(kind.len())
+}
+
+fn about(what: &str, path: &Path) -> String {
+    format!("Cannot open the {what} {}", path.display())
+}
+
+fn image(program: &Program, device: &str) -> Result<()> {
+    let Some(path) = &program.needs else {
+        return Ok(());
+    };
+    File::open(path).with_context(|| format!("Cannot open the image {} of the disk `{device}`", path.display()))?;
+    Ok(())
+}
+
+fn socket(path: &Path, device: &str) -> Result<()> {
+    let about = || format!("Cannot connect the device `{device}` to {}", path.display());
+    if !metadata(path).with_context(about)?.file_type().is_socket() {
+        bail!("{}: not a socket", about());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn little_memory_is_refused_with_the_number_that_would_do() {
+        let error = memory(16 << 20, 3 << 20).unwrap_err().to_string();
+        assert_eq!(error, "Memory of 16M is too little: this kernel and its initrd need at least 35M");
+        assert!(memory(35 << 20, 3 << 20).is_ok());
+        let error = memory((64 << 20) + 1, 0).unwrap_err().to_string();
+        assert_eq!(error, "Memory of 67108865 is not a whole number of MiB");
+    }
+
+    #[test]
+    fn names_become_directories() {
+        for good in ["web", "web-1.test", "A_b"] {
+            assert!(name(good, "machine").is_ok());
+        }
+        for bad in ["", ".hidden", "a/b", "..", "a b", &"x".repeat(41)] {
+            assert!(name(bad, "machine").is_err(), "{bad}");
+        }
+    }
+}

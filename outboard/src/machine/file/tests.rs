@@ -1,0 +1,87 @@
+use super::*;
+
+fn error(text: &str) -> String {
+    let error = parse(text, "machine.toml", Path::new("/vm")).unwrap_err();
+    assert!(error.is::<Usage>(), "{error:#}");
+    error.to_string()
+}
+
+const GOOD: &str = r#"
+[machine]
+kernel = "vmlinuz"
+memory = "1G"
+on-reboot = "exit"
+
+[rng.entropy]
+max-bytes = 1024
+period = 1000
+
+[disk.zeta]
+path = "z.img"
+readonly = true
+
+[disk.alpha]
+path = "/images/a.img"
+queues = 2
+
+[console.main]
+output = "file"
+path = "log"
+
+[device.share]
+class = "fs"
+socket = "fs.sock"
+"#;
+
+#[test]
+fn a_machine_file_is_read_in_its_own_order_and_relative_to_itself() {
+    let machine = parse(GOOD, "dir/web.toml", Path::new("/vm")).unwrap();
+    assert_eq!((machine.name.as_str(), machine.memory, machine.cpus), ("web", 1 << 30, 1));
+    assert_eq!(machine.kernel, Path::new("/vm/vmlinuz"));
+    let names: Vec<&str> = machine.devices.iter().map(|device| device.name.as_str()).collect();
+    assert_eq!(names, ["entropy", "zeta", "alpha", "main", "share"]);
+    let Backend::Process(disk) = &machine.devices[1].backend else { panic!("a disk is a process") };
+    assert_eq!(disk.args, ["--blk-file", "/vm/z.img", "--format", "raw", "--read-only"]);
+    assert_eq!(machine.devices[4].backend, Backend::Socket("/vm/fs.sock".into()));
+}
+
+#[test]
+fn a_typo_names_the_line_the_table_and_the_nearest_key() {
+    let text = "[machine]\nkernel = \"k\"\n\n[disk.root]\npath = \"x\"\n\nfromat = \"raw\"\n";
+    assert_eq!(error(text), "machine.toml:7: Unknown key `fromat` in [disk.root]; did you mean `format`?");
+}
+
+#[test]
+fn an_unknown_table_and_a_key_like_no_other() {
+    assert_eq!(error("[machine]\nkernel = \"k\"\n[disks.root]\n"), "machine.toml:3: Unknown table `disks`; did you mean `disk`?");
+    assert_eq!(
+        error("[machine]\nkernel = \"k\"\n[rng.r]\ncolour = 1\n"),
+        "machine.toml:4: Unknown key `colour` in [rng.r]; known are `max-bytes`, `period`"
+    );
+}
+
+#[test]
+fn what_is_missing_or_of_the_wrong_kind_is_said() {
+    assert_eq!(error("[machine]\ncpus = 2\n"), "machine.toml:1: [machine] needs `kernel`");
+    assert_eq!(error("[disk.a]\npath = \"x\"\n"), "machine.toml: The machine file needs a table [machine]");
+    assert_eq!(
+        error("[machine]\nkernel = \"k\"\ncpus = \"two\"\n"),
+        "machine.toml:3: Invalid type: string \"two\", expected u8 in [machine]"
+    );
+    assert_eq!(
+        error("[machine]\nkernel = \"k\"\nmemory = \"12\"\n"),
+        "machine.toml:3: Cannot read the size `12`: write a number and a unit, such as 512M or 2G"
+    );
+    assert_eq!(
+        error("[machine]\nkernel = \"k\"\n[disk.a]\npath = \"x\"\nformat = \"row\"\n"),
+        "machine.toml:5: Unknown value `row` in [disk.a]; did you mean `raw`?"
+    );
+}
+
+#[test]
+fn tables_whose_keys_depend_on_each_other() {
+    let with = |table: &str| error(&format!("[machine]\nkernel = \"k\"\n{table}"));
+    assert_eq!(with("[console.c]\noutput = \"file\"\n"), "machine.toml:3: [console.c] needs a `path`");
+    assert_eq!(with("[rng.r]\nperiod = 5\n"), "machine.toml:3: [rng.r] has a `period` and no `max-bytes` to go with it");
+    assert_eq!(with("[device.d]\nsocket = \"s\"\n"), "machine.toml:3: [device.d] needs either a `class` or an `id`");
+}

@@ -1,0 +1,205 @@
+//! The runtime directory of a machine: its name, its lock, its control socket.
+//!
+//! Theory of operation: `BASE/NAME` is a directory of mode 0700 that holds one socket. Who has the directory open and locked
+//! (`flock`) owns the machine's name; the kernel releases the lock however its owner ends. A directory nobody has locked is
+//! stale, and whoever meets it first may remove it: a new machine of that name, the janitor, or `ps`. Removal happens under
+//! the lock, so that it never hits a machine that is just starting.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::{env, mem};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+
+/// The name of the control socket in the directory.
+pub const CONTROL: &str = "control";
+/// How often making a directory is tried again because somebody removed a stale one meanwhile.
+const ATTEMPTS: usize = 8;
+
+/// A machine's directory, ours and locked. Removed when dropped.
+#[derive(Debug)]
+pub struct RuntimeDir {
+    path: PathBuf,
+    lock: Option<File>,
+}
+
+impl RuntimeDir {
+    /// Makes and locks the directory of a machine.
+    pub fn create(base: &Path, name: &str) -> Result<Self> {
+        let path = base.join(name);
+        for _ in 0..ATTEMPTS {
+            private_dir(&path)?;
+            let lock = File::open(&path).with_context(|| format!("Cannot open {}", path.display()))?;
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    bail!("A machine called `{name}` is running already; see `outboard ps`")
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("Cannot lock {}", path.display()));
+                }
+            }
+            // Between opening and locking, somebody may have removed it as stale.
+            if is_same(&lock, &path) {
+                empty(&path)?;
+                return Ok(Self { path, lock: Some(lock) });
+            }
+        }
+        bail!("Cannot make {}: it is removed again and again", path.display());
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open directory, for the janitor.
+    pub fn handle(&self) -> Result<File> {
+        File::open(&self.path).with_context(|| format!("Cannot open {}", self.path.display()))
+    }
+}
+
+impl Drop for RuntimeDir {
+    fn drop(&mut self) {
+        drop(empty(&self.path));
+        drop(fs::remove_dir(&self.path));
+        drop(mem::take(&mut self.lock));
+    }
+}
+
+/// Where all machines of this user have their directories: `$XDG_RUNTIME_DIR/outboard`, `/run/user/UID/outboard` or
+/// `/tmp/outboard-UID`.
+pub fn base() -> Result<PathBuf> {
+    let user = geteuid().as_raw();
+    let set = env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let usual = PathBuf::from(format!("/run/user/{user}"));
+    let dir = set.into_iter().chain([usual]).find(|dir| is_ours(dir));
+    let base = dir.map_or_else(|| PathBuf::from(format!("/tmp/outboard-{user}")), |dir| dir.join("outboard"));
+    private_dir(&base)?;
+    Ok(base)
+}
+
+/// A directory that is ours alone, made if it is not there. In `/tmp` anybody could have made it before us, to read our control
+/// sockets or to lead us elsewhere: no link, no other owner, no right for anybody else.
+fn private_dir(path: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("Cannot make {}", path.display()));
+        }
+        _ => {}
+    }
+    let found = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        found => found.with_context(|| format!("Cannot look at {}", path.display()))?,
+    };
+    if !found.is_dir() || found.uid() != geteuid().as_raw() {
+        bail!("Cannot use {}: it is not a directory of yours", path.display());
+    }
+    if found.mode() & 0o077 != 0 {
+        bail!("Cannot use {}: others may enter it (mode {:o})", path.display(), found.mode() & 0o777);
+    }
+    Ok(())
+}
+
+fn is_ours(dir: &Path) -> bool {
+    fs::metadata(dir).is_ok_and(|found| found.is_dir() && found.uid() == geteuid().as_raw())
+}
+
+fn is_same(open: &File, path: &Path) -> bool {
+    match (open.metadata(), fs::symlink_metadata(path)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
+/// Removes what a machine keeps in its directory.
+fn empty(path: &Path) -> Result<()> {
+    match fs::remove_file(path.join(CONTROL)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("Cannot remove {}", path.join(CONTROL).display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes a directory whose machine has ended without doing so. Does nothing to one that is in use.
+pub fn remove_stale(path: &Path, open: &File) -> bool {
+    if flock(open, FlockOperation::NonBlockingLockExclusive).is_err() || !is_same(open, path) {
+        return false;
+    }
+    empty(path).is_ok() && fs::remove_dir(path).is_ok()
+}
+
+/// The names of the machines that run; stale directories are removed on the way.
+pub fn machines(base: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(base).with_context(|| format!("Cannot read {}", base.display()))? {
+        let path = entry?.path();
+        let Ok(open) = File::open(&path) else {
+            continue;
+        };
+        if !path.is_dir() || remove_stale(&path, &open) {
+            continue;
+        }
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let dir = env::temp_dir().join(format!("outboard-test-{name}-{}", std::process::id()));
+        drop(fs::remove_dir_all(&dir));
+        DirBuilder::new().mode(0o700).create(&dir).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_free_again_afterwards() {
+        let base = scratch("name");
+        let first = RuntimeDir::create(&base, "web").unwrap();
+        let error = RuntimeDir::create(&base, "web").unwrap_err().to_string();
+        assert_eq!(error, "A machine called `web` is running already; see `outboard ps`");
+        drop(first);
+        assert!(!base.join("web").exists());
+        drop(RuntimeDir::create(&base, "web").unwrap());
+    }
+
+    #[test]
+    fn stale_directories_are_swept_and_used_ones_are_not() {
+        let base = scratch("stale");
+        DirBuilder::new().mode(0o700).create(base.join("old")).unwrap();
+        fs::write(base.join("old").join(CONTROL), "").unwrap();
+        let used = RuntimeDir::create(&base, "new").unwrap();
+        assert_eq!(machines(&base).unwrap(), ["new"]);
+        assert!(!base.join("old").exists());
+        assert!(used.path().exists());
+    }
+
+    #[test]
+    fn directories_that_others_could_have_prepared_are_refused() {
+        let base = scratch("others");
+        fs::create_dir(base.join("open")).unwrap();
+        fs::set_permissions(base.join("open"), Permissions::from_mode(0o755)).unwrap();
+        let error = private_dir(&base.join("open")).unwrap_err().to_string();
+        assert!(error.ends_with("others may enter it (mode 755)"), "{error}");
+        symlink("/tmp", base.join("link")).unwrap();
+        let error = private_dir(&base.join("link")).unwrap_err().to_string();
+        assert!(error.ends_with("it is not a directory of yours"), "{error}");
+    }
+}

@@ -1,0 +1,34 @@
+//! `outboard stop`: the power button, a deadline, the end.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::args::Stop;
+use crate::control::client::Client;
+use crate::machine::check;
+use crate::{notices, runtime};
+
+/// How long the composer may take to end the processes of a machine that was told to end at once.
+const END_LIMIT: Duration = Duration::from_secs(15);
+
+/// The command.
+pub fn run(args: &Stop) -> Result<u8> {
+    check::name(&args.name, "machine")?;
+    let path = runtime::base()?.join(&args.name).join(runtime::CONTROL);
+    if !path.exists() {
+        bail!("No machine called `{}` is running", args.name);
+    }
+    let mut client = Client::connect(&path)?;
+    client.execute("system_powerdown")?;
+    if client.wait_for_end(Duration::from_secs(args.timeout))? {
+        notices::line(&format!("{}: powered off", args.name));
+        return Ok(0);
+    }
+    client.execute("quit")?;
+    if !client.wait_for_end(END_LIMIT)? {
+        bail!("The machine `{}` does not end; its composer no longer answers", args.name);
+    }
+    notices::line(&format!("{}: did not power off in {} s and was ended", args.name, args.timeout));
+    Ok(0)
+}

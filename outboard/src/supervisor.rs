@@ -1,0 +1,409 @@
+//! `outboard run`: starts the processes of a machine and keeps them alive until the VMM has ended.
+//!
+//! Everything happens in one loop on one thread ([`Supervisor::run`]): it waits for signals, for the VMM's events, for the end
+//! and the words of each process, for clients of the control socket, and for the next moment at which something is due.
+
+pub mod ending;
+pub mod policy;
+pub mod process;
+pub mod programs;
+pub mod signals;
+pub mod slot;
+pub mod start;
+pub mod terminal;
+pub mod vmm;
+pub mod winddown;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::Signal;
+use sandbox::NetNamespace;
+use serde_json::json;
+
+use self::ending::{End, Wanted};
+use self::process::{Ending, Process};
+use self::programs::{Programs, VMM};
+use self::signals::{Request, Signals};
+use self::slot::Slot;
+use self::vmm::{Command, DeviceState, Event, Link};
+use crate::control::report::{self, Report};
+use crate::control::{Server, Wish};
+use crate::machine::{Backend, Machine, Restart};
+use crate::notices;
+
+pub use self::start::run;
+
+/// How long a guest may take to power off after its power button was pressed by a signal or by leaving the console. A `stop`
+/// keeps its own time.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
+/// How long the VMM may take to obey `quit` before it is killed.
+const QUIT_LIMIT: Duration = Duration::from_secs(2);
+/// Between a device process that sees the VMM's connection close and the VMM's own end lies the release of its memory.
+const VMM_END_DELAY: Duration = Duration::from_millis(300);
+
+/// The running machine.
+#[derive(Debug)]
+pub struct Supervisor<'a> {
+    machine: &'a Machine,
+    programs: Programs,
+    net: NetNamespace,
+    slots: Vec<Slot<'a>>,
+    vmm: Process,
+    link: Link,
+    control: Server,
+    signals: Signals,
+    stage: Stage,
+    wanted: Wanted,
+    end: Option<End>,
+    announce: bool,
+}
+
+/// How far the machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// No processor has run.
+    Starting,
+    /// The guest runs.
+    Running,
+    /// The power button was pressed; the guest has until then, if we keep its time.
+    Stopping(Option<Instant>),
+    /// The VMM was told to end, and will be killed then.
+    Ending(Instant),
+}
+
+/// What the loop waits for.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Signal,
+    VmmEvent,
+    VmmEnd,
+    VmmLog,
+    End(usize),
+    Log(usize),
+    NewClient,
+    Client(usize),
+}
+
+impl Supervisor<'_> {
+    /// Until the machine has ended.
+    fn run(&mut self) -> Result<End> {
+        while self.end.is_none() {
+            for source in self.wait()? {
+                match source {
+                    Source::VmmEnd => self.vmm_ended(),
+                    _ if self.end.is_some() => {}
+                    Source::Signal => self.signalled(),
+                    Source::VmmEvent => self.vmm_spoke(),
+                    Source::VmmLog => self.vmm.log.read(),
+                    Source::End(index) => self.process_ended(index),
+                    Source::Log(index) => self.process_spoke(index),
+                    Source::NewClient => self.control.accept(),
+                    Source::Client(index) => self.client_spoke(index),
+                }
+            }
+            self.control.sweep();
+            self.do_what_is_due();
+        }
+        self.end.take().context("The machine has not ended")
+    }
+
+    /// Waits, and says what there is to do.
+    fn wait(&self) -> Result<Vec<Source>> {
+        let sources = self.sources();
+        let mut polled: Vec<PollFd<'_>> = sources.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        let timeout = self.due().map(|due| due.saturating_duration_since(Instant::now()));
+        // Rounded up to the next millisecond, so that the loop does not spin until something is due.
+        let timeout = timeout.map(|left| Timespec::try_from(left + Duration::from_millis(1))).transpose()?;
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Vec::new()),
+            Err(error) => return Err(error).context("Cannot wait for the machine"),
+        }
+        let ready = sources.iter().zip(&polled).filter(|(_, polled)| !polled.revents().is_empty());
+        Ok(ready.map(|((source, _), _)| *source).collect())
+    }
+
+    fn sources(&self) -> Vec<(Source, BorrowedFd<'_>)> {
+        // The VMM's words and end come before those of the devices: they end because it ends.
+        let mut sources = vec![(Source::Signal, self.signals.source()), (Source::VmmEvent, self.link.source())];
+        sources.extend(self.vmm.log.source().map(|fd| (Source::VmmLog, fd)));
+        sources.push((Source::VmmEnd, self.vmm.pidfd.as_fd()));
+        for (index, slot) in self.slots.iter().enumerate() {
+            if let Some(process) = &slot.process {
+                sources.extend(process.log.source().map(|fd| (Source::Log(index), fd)));
+                sources.push((Source::End(index), process.pidfd.as_fd()));
+            }
+        }
+        let (listener, clients) = self.control.sources();
+        sources.push((Source::NewClient, listener));
+        sources.extend(clients.enumerate().map(|(index, fd)| (Source::Client(index), fd)));
+        sources
+    }
+
+    fn signalled(&mut self) {
+        while let Some(request) = self.signals.take() {
+            match request {
+                Request::Resize => {
+                    for process in self.slots.iter().filter(|slot| slot.is_terminal()).flat_map(|slot| &slot.process) {
+                        process.signal(Signal::WINCH);
+                    }
+                }
+                Request::End => match self.stage {
+                    Stage::Starting | Stage::Running => {
+                        notices::line(&format!(
+                            "outboard: Pressing the power button; the guest has {} s. Another signal ends it at once.",
+                            POWER_OFF_LIMIT.as_secs()
+                        ));
+                        self.press_power_button(Some(POWER_OFF_LIMIT));
+                    }
+                    Stage::Stopping(_) => self.quit(Wanted::Killed),
+                    Stage::Ending(_) => self.vmm.signal(Signal::KILL),
+                },
+            }
+        }
+    }
+
+    fn vmm_spoke(&mut self) {
+        while let Some(event) = self.link.receive() {
+            match event {
+                Err(error) => notices::line(&format!("outboard: {error:#}")),
+                Ok(Event::Started) => self.started(),
+                Ok(Event::Device { device, state, reason }) => self.device_changed(&device, state, reason),
+                Ok(Event::Guest { what }) => self.guest_did(&what),
+                Ok(Event::Error { message }) => {
+                    notices::line(&format!("vmm: {}", notices::printable(&message)));
+                }
+            }
+        }
+    }
+
+    fn started(&mut self) {
+        if self.stage == Stage::Starting {
+            self.stage = Stage::Running;
+        }
+        self.vmm.log.release();
+        self.control.announce("RESUME", &json!({}));
+        self.announce_once();
+    }
+
+    fn device_changed(&mut self, device: &str, state: DeviceState, reason: Option<String>) {
+        let never = self.machine.restart == Restart::Never;
+        let Some(slot) = self.slots.iter_mut().find(|slot| slot.device.name == device) else {
+            return;
+        };
+        slot.note(state);
+        let reason = reason.map_or_else(String::new, |reason| format!(": {}", notices::printable(&reason)));
+        match (state, &slot.device.backend) {
+            (DeviceState::Connected, _) => {}
+            (DeviceState::Degraded, _) => notices::line(&format!("{device}: degraded{reason}")),
+            (DeviceState::Lost, Backend::Process(_)) => {} // told when the process ends
+            (DeviceState::Lost, Backend::Socket(path)) => {
+                if !never {
+                    slot.schedule();
+                }
+                notices::line(&format!("{device}: the connection to {} is lost{reason}", path.display()));
+            }
+        }
+        let data = json!({"device": device, "state": state});
+        self.control.announce("OUTBOARD_DEVICE", &data);
+        self.announce_once();
+    }
+
+    fn guest_did(&mut self, what: &str) {
+        let event = match what {
+            "reset" => "RESET",
+            "shutdown" => "SHUTDOWN",
+            "panic" => "GUEST_PANICKED",
+            _ => "STOP",
+        };
+        self.control.announce(event, &json!({"guest": true, "reason": format!("guest-{what}")}));
+    }
+
+    fn vmm_ended(&mut self) {
+        self.vmm_spoke();
+        let ending = self.vmm.reap();
+        let words = self.vmm.log.last_words();
+        if self.end.is_none() {
+            self.end = Some(ending::of_vmm(ending, self.wanted, words));
+        }
+    }
+
+    fn process_spoke(&mut self, index: usize) {
+        if let Some(process) = self.slots.get_mut(index).and_then(|slot| slot.process.as_mut()) {
+            process.log.read();
+        }
+    }
+
+    fn process_ended(&mut self, index: usize) {
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        let Some(mut process) = slot.process.take() else {
+            return;
+        };
+        let ending = process.reap();
+        let name = slot.device.name.clone();
+        if !slot.served && slot.restarts == 0 && matches!(ending, Ending::Exit(1 | 2)) {
+            let words = process.log.last_words().unwrap_or_else(|| format!("its process {ending}"));
+            return self.fail(format!("The device `{name}` did not start: {words}"));
+        }
+        process.log.release();
+        let left = slot.is_terminal() && slot.served && ending == Ending::Exit(0);
+        // A device process ends in order when the VMM hangs up, and that it does when it ends itself.
+        if ending == Ending::Exit(0) && self.vmm_ends_within(VMM_END_DELAY) {
+            return;
+        }
+        if left {
+            notices::line(&format!(
+                "outboard: You have left the console; the guest has {} s to power off.",
+                POWER_OFF_LIMIT.as_secs()
+            ));
+            return self.press_power_button(Some(POWER_OFF_LIMIT));
+        }
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        if self.machine.restart == Restart::Never {
+            return notices::line(&format!("{name}: the process {ending}; it is not started again"));
+        }
+        let delay = slot.schedule();
+        let when = if delay.is_zero() { "at once".to_owned() } else { format!("in {:.1} s", delay.as_secs_f32()) };
+        notices::line(&format!("{name}: the process {ending}; starting it again {when}"));
+    }
+
+    /// Gives the VMM's end time to show.
+    fn vmm_ends_within(&self, limit: Duration) -> bool {
+        let mut polled = [PollFd::new(&self.vmm.pidfd, PollFlags::IN)];
+        let limit = Timespec::try_from(limit).ok();
+        poll(&mut polled, limit.as_ref()).is_ok_and(|ready| ready > 0)
+    }
+
+    fn client_spoke(&mut self, index: usize) {
+        let report = self.report();
+        for wish in self.control.hear(index, &report) {
+            match wish {
+                Wish::PowerButton => self.press_power_button(None),
+                Wish::Reset => self.tell(&Command::Reset),
+                Wish::Quit => self.quit(Wanted::Now),
+            }
+        }
+    }
+
+    /// Asks the guest to power off, and keeps its time if there is a limit.
+    fn press_power_button(&mut self, limit: Option<Duration>) {
+        self.tell(&Command::PowerButton);
+        self.control.announce("POWERDOWN", &json!({}));
+        self.wanted = Wanted::PowerOff;
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        match self.stage {
+            Stage::Ending(_) | Stage::Stopping(Some(_)) => {}
+            _ => self.stage = Stage::Stopping(deadline),
+        }
+    }
+
+    /// Ends the machine without asking the guest.
+    fn quit(&mut self, wanted: Wanted) {
+        self.wanted = wanted;
+        self.tell(&Command::Quit);
+        self.stage = Stage::Ending(Instant::now() + QUIT_LIMIT);
+    }
+
+    /// The machine cannot go on.
+    fn fail(&mut self, sentence: String) {
+        self.end = Some(End::failed(sentence));
+    }
+
+    fn tell(&self, command: &Command<'_>) {
+        if let Err(error) = self.link.send(command, None) {
+            notices::line(&format!("outboard: {error:#}"));
+        }
+    }
+
+    /// The next moment at which something is due.
+    fn due(&self) -> Option<Instant> {
+        let stage = match self.stage {
+            Stage::Stopping(due) => due,
+            Stage::Ending(due) => Some(due),
+            Stage::Starting | Stage::Running => None,
+        };
+        self.slots.iter().filter_map(Slot::due).chain(stage).min()
+    }
+
+    fn do_what_is_due(&mut self) {
+        let now = Instant::now();
+        match self.stage {
+            Stage::Stopping(Some(due)) if due <= now => self.quit(Wanted::Overdue),
+            Stage::Ending(due) if due <= now => {
+                self.vmm.signal(Signal::KILL);
+                self.stage = Stage::Ending(now + QUIT_LIMIT);
+            }
+            _ => {}
+        }
+        for index in 0..self.slots.len() {
+            let Some(slot) = self.slots.get_mut(index) else {
+                continue;
+            };
+            slot.kill_if_due(now);
+            if slot.retry_at.is_some_and(|due| due <= now) {
+                self.restart(index);
+            }
+        }
+    }
+
+    /// Starts what serves a device again and plugs it in.
+    fn restart(&mut self, index: usize) {
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        slot.restarts = slot.restarts.saturating_add(1);
+        let connection = match slot.start(self.machine, &self.programs, &self.net) {
+            Ok(connection) => connection,
+            Err(error) => {
+                // Somebody else's backend may be away for long; one line each time its delay has grown is enough.
+                let delay = slot.schedule();
+                return notices::line(&format!("{}: {error:#}; again in {:.1} s", slot.device.name, delay.as_secs_f32()));
+            }
+        };
+        let command = Command::Replug { device: &slot.device.name };
+        if let Err(error) = self.link.send(&command, Some(connection.as_fd())) {
+            notices::line(&format!("outboard: {error:#}"));
+        }
+    }
+
+    /// The table of processes, once everything runs.
+    fn announce_once(&mut self) {
+        let connected = self.slots.iter().all(|slot| slot.state == Some(DeviceState::Connected));
+        if self.announce && connected && self.stage != Stage::Starting {
+            self.announce = false;
+            let mut report = self.report();
+            report.look();
+            notices::line(&report::table(&[report]));
+        }
+    }
+
+    fn report(&self) -> Report {
+        let status = match self.stage {
+            Stage::Starting => "prelaunch",
+            Stage::Running | Stage::Stopping(_) => "running",
+            Stage::Ending(_) => "shutdown",
+        };
+        let ours = |role: &str, program: &str, pid: i32, state: &str| report::Process {
+            role: role.to_owned(),
+            class: None,
+            program: program.to_owned(),
+            pid: Some(pid),
+            state: state.to_owned(),
+            restarts: 0,
+            uptime: Some(self.vmm.began.elapsed().as_secs()),
+            confinement: None,
+        };
+        let own_pid = rustix::process::getpid().as_raw_nonzero().get();
+        let mut processes = vec![ours("composer", "outboard", own_pid, "watching"), ours("vmm", VMM, self.vmm.pid, status)];
+        processes.extend(self.slots.iter().map(Slot::report));
+        Report { name: self.machine.name.clone(), status: status.to_owned(), processes }
+    }
+}

@@ -1,0 +1,190 @@
+//! A device of the running machine: who serves it, in which state it is, and when something is due.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::io::ioctl_fionbio;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair};
+use rustix::process::Signal;
+use sandbox::NetNamespace;
+
+use super::policy::Backoff;
+use super::process::{Order, Process};
+use super::programs::Programs;
+use super::vmm::DeviceState;
+use crate::control::report;
+use crate::machine::{Backend, Class, Device, Machine, Program};
+
+/// The number under which a device process gets its connection.
+const CONNECTION: i32 = 3;
+/// A process whose connection is lost but which lives on is stuck: it gets this long to end by itself.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A device of the running machine.
+#[derive(Debug)]
+pub struct Slot<'a> {
+    /// What it is.
+    pub device: &'a Device,
+    /// Its process, if it has one and it runs.
+    pub process: Option<Process>,
+    /// What the VMM says of the connection.
+    pub state: Option<DeviceState>,
+    /// Its backend has been connected at least once.
+    pub served: bool,
+    /// How often it was started, or connected, again.
+    pub restarts: u32,
+    /// When it is to be started, or connected, again.
+    pub retry_at: Option<Instant>,
+    /// When a stuck process is to be killed.
+    pub kill_at: Option<Instant>,
+    backoff: Backoff,
+    began: Instant,
+}
+
+impl<'a> Slot<'a> {
+    /// Not started yet.
+    pub fn new(device: &'a Device) -> Self {
+        Self {
+            device,
+            process: None,
+            state: None,
+            served: false,
+            restarts: 0,
+            retry_at: None,
+            kill_at: None,
+            backoff: Backoff::default(),
+            began: Instant::now(),
+        }
+    }
+
+    /// Starts the process, or connects to somebody else's; returns the VMM's end of the connection.
+    pub fn start(&mut self, machine: &Machine, programs: &Programs, net: &NetNamespace) -> Result<OwnedFd> {
+        self.retry_at = None;
+        self.kill_at = None;
+        self.began = Instant::now();
+        match &self.device.backend {
+            Backend::Socket(path) => connect_to(path)
+                .with_context(|| format!("Cannot connect the device `{}` to {}", self.device.name, path.display())),
+            Backend::Process(program) => {
+                let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                    .context("Cannot make a connection")?;
+                let order = Order {
+                    program: &programs.path(program.name),
+                    args: arguments(program, machine),
+                    fds: vec![(theirs.as_fd(), CONNECTION)],
+                    terminal: program.terminal,
+                    net,
+                };
+                self.process = Some(Process::start(order, &self.device.name, !self.served)?);
+                Ok(ours)
+            }
+        }
+    }
+
+    /// What served it has ended: when is it to be tried again?
+    pub fn schedule(&mut self) -> Duration {
+        let now = Instant::now();
+        let delay = self.backoff.after(self.began, now);
+        self.retry_at = now.checked_add(delay);
+        delay
+    }
+
+    /// The VMM has said something about the connection.
+    pub fn note(&mut self, state: DeviceState) {
+        self.state = Some(state);
+        match (state, &mut self.process) {
+            (DeviceState::Connected, process) => {
+                self.served = true;
+                self.kill_at = None;
+                if let Some(process) = process {
+                    process.log.release();
+                }
+            }
+            (DeviceState::Lost, Some(_)) => self.kill_at = Instant::now().checked_add(GRACE),
+            _ => {}
+        }
+    }
+
+    /// Kills a process that is stuck.
+    pub fn kill_if_due(&mut self, now: Instant) {
+        if self.kill_at.is_some_and(|due| due <= now) {
+            self.kill_at = None;
+            if let Some(process) = &self.process {
+                process.signal(Signal::KILL);
+            }
+        }
+    }
+
+    /// The next moment at which something is due.
+    pub fn due(&self) -> Option<Instant> {
+        [self.retry_at, self.kill_at].into_iter().flatten().min()
+    }
+
+    /// Does this process own the user's terminal?
+    pub fn is_terminal(&self) -> bool {
+        matches!(&self.device.backend, Backend::Process(Program { terminal: true, .. }))
+    }
+
+    /// For `ps`.
+    pub fn report(&self) -> report::Process {
+        let program = match &self.device.backend {
+            Backend::Process(program) => program.name.to_owned(),
+            Backend::Socket(path) => path.display().to_string(),
+        };
+        let state = match self.state {
+            _ if self.retry_at.is_some() => "restarting",
+            None => "starting",
+            Some(DeviceState::Connected) => "connected",
+            Some(DeviceState::Lost) => "lost",
+            Some(DeviceState::Degraded) => "degraded",
+        };
+        report::Process {
+            role: self.device.name.clone(),
+            class: Some(class(&self.device.class)),
+            program,
+            pid: self.process.as_ref().map(|process| process.pid),
+            state: state.to_owned(),
+            restarts: self.restarts,
+            uptime: Some(self.began.elapsed().as_secs()),
+            confinement: None,
+        }
+    }
+
+    /// The VMM's argument for this device, whose connection has this number there.
+    pub fn vmm_argument(&self, number: i32) -> OsString {
+        let kind = match &self.device.class {
+            Class::Named(name) => format!("class={name}"),
+            Class::Id(id) => format!("id={id}"),
+        };
+        let queues = self.device.queues.map_or_else(String::new, |queues| format!(",queues={queues}"));
+        format!("{},{kind},fd={number}{queues}", self.device.name).into()
+    }
+}
+
+fn class(class: &Class) -> String {
+    match class {
+        Class::Named(name) => name.clone(),
+        Class::Id(id) => format!("id {id}"),
+    }
+}
+
+fn arguments(program: &Program, machine: &Machine) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec!["--fd".into(), CONNECTION.to_string().into()];
+    args.extend(program.args.iter().cloned());
+    if let Some(floor) = &machine.sandbox_floor {
+        args.extend(["--sandbox-floor".into(), floor.into()]);
+    }
+    args
+}
+
+/// Connects without waiting: a backend whose queue of connections is full counts as one that is not there yet.
+fn connect_to(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    ioctl_fionbio(&socket, false)?;
+    Ok(socket)
+}

@@ -1,0 +1,167 @@
+//! From a machine file to a running machine, and to its end.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::stdin;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result};
+use rustix::process::getpid;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use sandbox::NetNamespace;
+
+use super::ending::{End, Wanted};
+use super::process::{Order, Process};
+use super::programs::{Programs, VMM};
+use super::signals::Signals;
+use super::slot::Slot;
+use super::terminal::Terminal;
+use super::vmm::Link;
+use super::{Stage, Supervisor};
+use crate::args::{OnReboot, Run};
+use crate::control::Server;
+use crate::janitor::Janitor;
+use crate::machine::{Machine, Serial, check, file, flags};
+use crate::notices;
+use crate::runtime::{self, RuntimeDir};
+
+/// The first number of the descriptors the VMM inherits.
+const FIRST: i32 = 3;
+
+/// The command.
+pub fn run(args: &Run) -> Result<u8> {
+    let machine = match &args.file {
+        Some(path) => file::read(path)?,
+        None => flags::machine(&args.flags, &flags::here()?)?,
+    };
+    check::machine(&machine)?;
+    let programs = Programs::find(&machine)?;
+    // From here on every end must leave nothing behind; these are dropped in the opposite order.
+    let signals = Signals::new()?;
+    let dir = RuntimeDir::create(&runtime::base()?, &machine.name)?;
+    let terminal = Terminal::remember(stdin());
+    let janitor = Janitor::start(&dir, terminal.as_ref())?;
+    let control = Server::new(&dir.path().join(runtime::CONTROL))?;
+    let net = NetNamespace::new().context("Cannot make the machine's network namespace")?;
+    give_up()?;
+    let parts = Parts { programs, net, signals, control };
+    let end = supervise(&machine, parts, args.announce);
+    drop(terminal);
+    drop(dir);
+    drop(janitor);
+    let end = end?;
+    notices::line(&format!("{}: {}", machine.name, end.sentence));
+    Ok(end.status)
+}
+
+/// What a machine needs beside its processes.
+struct Parts {
+    programs: Programs,
+    net: NetNamespace,
+    signals: Signals,
+    control: Server,
+}
+
+fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
+    let Parts { programs, net, signals, control } = parts;
+    let mut slots: Vec<Slot<'_>> = machine.devices.iter().map(Slot::new).collect();
+    let mut connections = Vec::new();
+    for slot in &mut slots {
+        connections.push(slot.start(machine, &programs, &net)?);
+    }
+    let (link, theirs) = Link::pair()?;
+    let vmm = start_vmm(machine, &programs, &net, &slots, &connections, theirs)?;
+    // The VMM has them now; a copy here would hide from the processes that it has ended.
+    drop(connections);
+    let mut supervisor = Supervisor {
+        machine,
+        programs,
+        net,
+        slots,
+        vmm,
+        link,
+        control,
+        signals,
+        stage: Stage::Starting,
+        wanted: Wanted::No,
+        end: None,
+        announce,
+    };
+    let end = supervisor.run();
+    supervisor.wind_down();
+    end
+}
+
+fn start_vmm(
+    machine: &Machine,
+    programs: &Programs,
+    net: &NetNamespace,
+    slots: &[Slot<'_>],
+    connections: &[OwnedFd],
+    control: OwnedFd,
+) -> Result<Process> {
+    let mut fds: Vec<(BorrowedFd<'_>, i32)> = vec![(control.as_fd(), FIRST)];
+    let mut args = arguments(machine);
+    args.extend(["--control-fd".into(), FIRST.to_string().into()]);
+    let serial = serial_file(machine)?;
+    let mut number = FIRST;
+    let mut next = || {
+        number += 1;
+        number
+    };
+    args.push("--serial".into());
+    match (&machine.serial, &serial) {
+        (_, Some(file)) => {
+            let number = next();
+            fds.push((file.as_fd(), number));
+            args.push(format!("fd={number}").into());
+        }
+        (Serial::Stdio, None) => args.push("stdio".into()),
+        (_, None) => args.push("none".into()),
+    }
+    for (slot, connection) in slots.iter().zip(connections) {
+        let number = next();
+        fds.push((connection.as_fd(), number));
+        args.extend(["--device".into(), slot.vmm_argument(number)]);
+    }
+    let program = programs.path(VMM);
+    let terminal = machine.serial == Serial::Stdio;
+    Process::start(Order { program: &program, args, fds, terminal, net }, "vmm", true)
+}
+
+fn arguments(machine: &Machine) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec!["--kernel".into(), machine.kernel.clone().into()];
+    if let Some(initrd) = &machine.initrd {
+        args.extend(["--initrd".into(), initrd.into()]);
+    }
+    let megabytes = format!("{}M", machine.memory >> 20);
+    args.extend(["--cmdline".into(), machine.cmdline.clone().into()]);
+    args.extend(["--memory".into(), megabytes.into(), "--cpus".into(), machine.cpus.to_string().into()]);
+    let on_reboot = match machine.on_reboot {
+        OnReboot::Restart => "restart",
+        OnReboot::Exit => "exit",
+    };
+    args.extend(["--on-reboot".into(), on_reboot.into()]);
+    if let Some(floor) = &machine.sandbox_floor {
+        args.extend(["--sandbox-floor".into(), floor.into()]);
+    }
+    args
+}
+
+fn serial_file(machine: &Machine) -> Result<Option<File>> {
+    let Serial::File(path) = &machine.serial else {
+        return Ok(None);
+    };
+    let file = File::options().append(true).create(true).open(path);
+    Ok(Some(file.with_context(|| format!("Cannot open the serial port's file {}", path.display()))?))
+}
+
+/// What only root has, and a composer does not need: its children make their own namespaces inside the machine's, as any user
+/// may. Only the machine's own had to be made before, because mapping root takes a capability. There is no system call filter:
+/// filters are inherited, so it would have to allow whatever any program of the machine needs before it installs its own.
+fn give_up() -> Result<()> {
+    set_no_new_privs(true).context("Cannot give up new privileges")?;
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(Some(getpid()), sets).context("Cannot drop capabilities")
+}

@@ -1,0 +1,155 @@
+//! How a machine lives and ends.
+
+use std::time::Instant;
+
+use crate::machine::{LIMIT, Machine, eventually, is_alive, kill, process};
+
+const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n[console.main]\noutput = \"pty\"\n";
+
+#[test]
+fn a_machine_runs_is_shown_and_is_stopped() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let table = machine.run(&["ps"]).stdout;
+    for line in ["web      composer", "web      vmm", "web      root      blk      outboard-blk"] {
+        assert!(table.contains(line), "{table}");
+    }
+    let second = machine.run(&["run", "web.toml"]);
+    assert_eq!(second.stderr, "outboard: A machine called `web` is running already; see `outboard ps`\n");
+    let stop = machine.run(&["stop", "web"]);
+    assert_eq!((stop.status, stop.stderr.as_str()), (Some(0), "web: powered off\n"));
+    let outcome = running.end();
+    assert_eq!((outcome.status, outcome.stderr.as_str()), (Some(0), "web: The guest powered off.\n"));
+    assert!(machine.is_gone());
+}
+
+#[test]
+fn each_end_of_the_guest_has_its_status() {
+    let sentences = [
+        (0, "The guest powered off."),
+        (3, "The guest rebooted."),
+        (4, "The guest's kernel panicked."),
+        (5, "The guest's processor shut down (triple fault)."),
+    ];
+    for (status, sentence) in sentences {
+        let machine = Machine::new().file(DEVICES).pretend(&format!("vmm:{status}"));
+        let outcome = machine.run(&["run", "web.toml"]);
+        assert_eq!((outcome.status, outcome.stderr), (Some(status), format!("web: {sentence}\n")));
+        assert!(machine.is_gone());
+    }
+}
+
+#[test]
+fn a_device_process_that_is_killed_is_replaced() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    for round in 1..=3 {
+        let pid = running.pid("root");
+        kill("-KILL", pid);
+        running.until("a new process serves", |report| {
+            let root = process(report, "root");
+            root["state"] == "connected" && root["restarts"] == round && root["pid"].as_u64() != Some(pid)
+        });
+    }
+    machine.run(&["stop", "web"]);
+    let outcome = running.end();
+    assert_eq!(outcome.status, Some(0));
+    let first = outcome.stderr.lines().next().unwrap();
+    assert_eq!(first, "root: the process was killed by signal 9; starting it again at once");
+}
+
+#[test]
+fn a_device_that_crashes_again_and_again_is_tried_more_and_more_rarely() {
+    let machine = Machine::new().file(DEVICES).pretend("blk:crash");
+    let running = machine.start();
+    running.until("it was restarted", |report| process(report, "root")["restarts"].as_u64() >= Some(3));
+    machine.run(&["stop", "web"]);
+    let outcome = running.end();
+    assert!(outcome.stderr.contains("starting it again at once"), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("starting it again in 0.1 s"), "{}", outcome.stderr);
+}
+
+#[test]
+fn restarting_can_be_forbidden() {
+    let machine = Machine::new().file(&format!("restart = \"never\"\n{DEVICES}")).pretend("blk:crash");
+    let running = machine.start();
+    running.until("the process is gone", |report| process(report, "root")["pid"].is_null());
+    machine.run(&["stop", "web"]);
+    let outcome = running.end();
+    assert!(outcome.stderr.contains("it is not started again"), "{}", outcome.stderr);
+}
+
+#[test]
+fn a_guest_that_ignores_its_power_button_is_ended() {
+    let machine = Machine::new().file(DEVICES).pretend("vmm:deaf");
+    let running = machine.start();
+    let began = Instant::now();
+    let stop = machine.run(&["stop", "web", "--timeout", "1"]);
+    assert_eq!(stop.stderr, "web: did not power off in 1 s and was ended\n");
+    assert!(began.elapsed() < LIMIT);
+    assert_eq!(running.end().stderr, "web: The machine was ended.\n");
+}
+
+#[test]
+fn a_signal_presses_the_power_button_and_a_second_one_ends() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    kill("-TERM", running.child.id().into());
+    let outcome = running.end();
+    assert_eq!(outcome.status, Some(0));
+    assert!(outcome.stderr.ends_with("web: The guest powered off.\n"), "{}", outcome.stderr);
+
+    let machine = Machine::new().file(DEVICES).pretend("vmm:deaf");
+    let running = machine.start();
+    kill("-INT", running.child.id().into());
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    kill("-INT", running.child.id().into());
+    let outcome = running.end();
+    assert_eq!(outcome.status, Some(1));
+    assert!(outcome.stderr.ends_with("web: The machine was ended before the guest had powered off.\n"), "{}", outcome.stderr);
+}
+
+#[test]
+fn leaving_the_console_powers_the_machine_off() {
+    let machine = Machine::new().file("[console.main]\n").pretend("console:leave");
+    let outcome = machine.run(&["run", "web.toml"]);
+    assert_eq!(outcome.status, Some(0));
+    assert!(outcome.stderr.contains("You have left the console"), "{}", outcome.stderr);
+}
+
+#[test]
+fn a_vmm_that_is_killed_takes_the_machine_with_it() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let root = running.pid("root");
+    kill("-KILL", running.pid("vmm"));
+    let outcome = running.end();
+    assert_eq!((outcome.status, outcome.stderr.as_str()), (Some(1), "web: The VMM was killed by signal 9.\n"));
+    assert!(!is_alive(root));
+    assert!(machine.is_gone());
+}
+
+#[test]
+fn a_composer_that_is_killed_leaves_nothing_behind() {
+    let machine = Machine::new().file(DEVICES);
+    let mut running = machine.start();
+    let pids = ["root", "entropy", "main", "vmm"].map(|role| running.pid(role));
+    running.child.kill().unwrap();
+    running.child.wait().unwrap();
+    eventually("every process ends", || !pids.iter().any(|pid| is_alive(*pid)));
+    eventually("the runtime directory goes", || machine.is_gone());
+}
+
+#[test]
+fn a_backend_of_somebody_else_is_connected_again() {
+    use std::os::unix::net::UnixListener;
+
+    let machine = Machine::new().file("[device.share]\nclass = \"fs\"\nsocket = \"fs.sock\"\n");
+    let listener = UnixListener::bind(machine.dir.join("fs.sock")).unwrap();
+    let running = machine.start();
+    let (connection, _) = listener.accept().unwrap();
+    running.until("it is connected", |report| process(report, "share")["state"] == "connected");
+    drop(connection);
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+}

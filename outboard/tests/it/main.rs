@@ -1,0 +1,7 @@
+//! The composer's tests, with stand-ins for the other programs (see `examples/pretend.rs`): no guest, no KVM.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod bad_input;
+mod life;
+mod machine;

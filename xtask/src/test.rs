@@ -1,0 +1,144 @@
+//! `cargo xtask test`: everything that can fail, in the order in which it fails soonest.
+//!
+//! 1. every unit and integration test of the workspace, on this host, without a guest;
+//! 2. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
+//!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::host::Kvm;
+use crate::{build, cache, guest, host, nested, say};
+
+/// Set everything up and run every test.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Run the guest suite only
+    #[arg(long)]
+    guest_only: bool,
+    /// Run only guest tests whose name contains this
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+}
+
+/// The suite takes minutes where everything is emulated; a guest that hangs must not hold the result up for ever.
+const GUEST_SUITE_LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// The task.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let kvm = host::kvm();
+    announce(&kvm)?;
+    host::prepare(&host::Wanted { images: true })?;
+    let programs = build::programs(false)?;
+    let suite = build::test_program("suite", "guest")?;
+    let images = match (&suite, &kvm) {
+        (None, _) => None,
+        (Some(_), Kvm::Direct) => Some(guest::prepare()?),
+        (Some(_), Kvm::Nested(_)) => {
+            nested::prepare()?;
+            Some(guest::prepare()?)
+        }
+    };
+    if !args.guest_only {
+        workspace(&programs, suite.is_some())?;
+    }
+    let (Some(suite), Some(images)) = (suite, images) else {
+        return Ok(());
+    };
+    let mut options = vec!["--test-threads=1".to_owned()];
+    options.extend(args.only.clone());
+    match kvm {
+        Kvm::Direct => {
+            say::line("Guest suite: on this host's KVM.");
+            let mut command = Command::new(&suite);
+            command.args(options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs);
+            say::openly(&mut command)
+        }
+        Kvm::Nested(why) => {
+            say::line(&format!("Guest suite: in the nested machine, because {why}."));
+            in_nested(&suite, &programs, &options)
+        }
+    }
+}
+
+fn announce(kvm: &Kvm) -> Result<()> {
+    let cache = cache::dir()?;
+    let (ready, machine) = match kvm {
+        Kvm::Direct => (guest::is_ready()?, None),
+        Kvm::Nested(why) => (nested::is_ready()?, Some(why)),
+    };
+    let mut items = vec!["build the programs and their tests with cargo".to_owned()];
+    if !ready {
+        items.push(format!(
+            "download Debian packages and make guest images in {} (about 1 GB; nothing is installed)",
+            cache.display()
+        ));
+    }
+    if let Some(why) = machine {
+        items.push(format!("run guests in an emulated machine with QEMU, because {why}"));
+    }
+    say::plan("Before the tests, this task will:", &items);
+    Ok(())
+}
+
+/// The tests that need no guest. nextest is used where it is installed: it runs each test in its own process.
+fn workspace(programs: &Path, with_guests: bool) -> Result<()> {
+    let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
+    let mut commands = Vec::new();
+    if nextest {
+        let mut command = build::cargo();
+        command.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
+        // nextest refuses a filter that matches nothing.
+        if with_guests {
+            command.args(["-E", "not (package(suite) and binary(guest))"]);
+        }
+        commands.push(command);
+    } else {
+        say::line("cargo-nextest is not installed (cargo install cargo-nextest): using cargo test.");
+        let mut command = build::cargo();
+        command.args(["test", "--quiet", "--workspace", "--exclude", "suite"]);
+        commands.push(command);
+        for test in suite_tests()? {
+            let mut command = build::cargo();
+            command.args(["test", "--quiet", "--package", "suite", "--test", &test]);
+            commands.push(command);
+        }
+    }
+    for mut command in commands {
+        say::openly(command.env("OUTBOARD_BIN", programs))?;
+    }
+    Ok(())
+}
+
+/// The suite's test programs that need no guest.
+fn suite_tests() -> Result<Vec<String>> {
+    let Ok(entries) = fs::read_dir(cache::tree().join("tests/suite/tests")) else {
+        return Ok(Vec::new());
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if path.extension().is_some_and(|extension| extension == "rs") && name != "guest" {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+fn in_nested(suite: &Path, programs: &Path, options: &[String]) -> Result<()> {
+    let words: Vec<String> = options.iter().map(|word| nested::quote(word)).collect();
+    let script = format!("export OUTBOARD_BIN=/outboard/bin\nexec /outboard/files/guest {}\n", words.join(" "));
+    let mut job = nested::Job::new(script, Some(programs))?;
+    job.files.push((suite.to_path_buf(), "files/guest".to_owned()));
+    job.limit = GUEST_SUITE_LIMIT;
+    match job.run().context("The nested machine failed")? {
+        0 => Ok(()),
+        124 => bail!("The guest suite did not end in {} minutes", GUEST_SUITE_LIMIT.as_secs() / 60),
+        status => bail!("The guest suite failed (exit status {status})"),
+    }
+}
