@@ -49,11 +49,7 @@ pub struct Platform {
 pub fn write(memory: &Memory, platform: &Platform) -> Result<(), memory::Error> {
     let mut place = Placer { memory, next: (RSDP + Rsdp::len() as u64).next_multiple_of(64) };
     let dsdt = place.put(&dsdt::table(platform))?;
-    let tables = [
-        place.put(&bytes(&fadt(dsdt)))?,
-        place.put(&bytes(&madt(platform.cpus)))?,
-        place.put(&bytes(&mcfg()))?,
-    ];
+    let tables = [place.put(&bytes(&fadt(dsdt)))?, place.put(&bytes(&madt(platform.cpus)))?, place.put(&bytes(&mcfg()))?];
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     for table in tables {
         xsdt.add_entry(table);

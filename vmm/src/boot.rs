@@ -120,8 +120,7 @@ fn page_tables(memory: &Memory) -> Result<(), memory::Error> {
         let directory = PAGE_DIRECTORIES + i * 4096;
         memory.write(PDPT + i * 8, &(directory | PRESENT_WRITABLE).to_le_bytes())?;
     }
-    let entries: Vec<u8> =
-        (0..DIRECTORIES * 512).flat_map(|i| ((i << 21) | LARGE | PRESENT_WRITABLE).to_le_bytes()).collect();
+    let entries: Vec<u8> = (0..DIRECTORIES * 512).flat_map(|i| ((i << 21) | LARGE | PRESENT_WRITABLE).to_le_bytes()).collect();
     memory.write(PAGE_DIRECTORIES, &entries)?;
     let gdt = [CODE64, DATA, TASK].map(|s| descriptor(&s));
     memory.write(GDT, &[0; 16])?;

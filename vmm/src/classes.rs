@@ -29,8 +29,7 @@ pub type Selector = (u8, RangeInclusive<u8>);
 /// Makes a configuration space from the device's name and number of queues.
 pub type Fallback = fn(&str, u16) -> Vec<u8>;
 
-const PLAIN: Class =
-    Class { name: "", id: 0, pci: 0xff_0000, queues: 1, config: 256, selectors: &[], fallback: None };
+const PLAIN: Class = Class { name: "", id: 0, pci: 0xff_0000, queues: 1, config: 256, selectors: &[], fallback: None };
 
 /// The table.
 pub static CLASSES: [Class; 10] = [

@@ -367,9 +367,11 @@ impl Context<'_> {
     fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
         self.has(offset.saturating_add(len))?;
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(|source| Error::Open { what: "kernel", path: self.path.into(), source })?;
+        self.file.read_exact_at(&mut bytes, offset).map_err(|source| Error::Open {
+            what: "kernel",
+            path: self.path.into(),
+            source,
+        })?;
         Ok(bytes)
     }
 }

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip, kvm_pit_config,
-    kvm_pit_state2, kvm_userspace_memory_region, kvm_xsave,
+    KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip,
+    kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use thiserror::Error;
@@ -37,9 +37,7 @@ pub enum Error {
     )]
     Missing,
     /// There is one, for others.
-    #[error(
-        "No right to open /dev/kvm: add yourself to its group with `sudo usermod -aG kvm $USER` and log in again"
-    )]
+    #[error("No right to open /dev/kvm: add yourself to its group with `sudo usermod -aG kvm $USER` and log in again")]
     Denied,
     /// There is something else.
     #[error("/dev/kvm is not KVM, or not of a version that this program knows")]

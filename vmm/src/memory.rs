@@ -21,9 +21,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use thiserror::Error;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion};
 
 /// RAM below 4 GiB ends here at the latest; above it lies what every PC keeps there.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -128,8 +126,7 @@ impl Memory {
     /// Creates, seals and maps `size` bytes of guest RAM.
     pub fn new(size: u64) -> Result<Self, Error> {
         let create = |source| Error::Create { size, source };
-        let file = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(create)?;
+        let file = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(create)?;
         rustix::fs::ftruncate(&file, size).map_err(create)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(create)?;
 
@@ -169,17 +166,14 @@ impl Memory {
 
     /// Guest ranges with the host address each is mapped at, for KVM's memory slots.
     pub(crate) fn slots(&self) -> Vec<(Span, u64)> {
-        let slot = |r: &vm_memory::GuestRegionMmap<()>| {
-            (Span { start: r.start_addr().0, size: r.len() }, r.get_mmap().as_ptr() as u64)
-        };
+        let slot =
+            |r: &vm_memory::GuestRegionMmap<()>| (Span { start: r.start_addr().0, size: r.len() }, r.get_mmap().as_ptr() as u64);
         self.map.iter().map(slot).collect()
     }
 
     /// Copies `data` to guest physical address `addr`.
     pub fn write(&self, addr: u64, data: &[u8]) -> Result<(), Error> {
-        self.map
-            .write_slice(data, GuestAddress(addr))
-            .map_err(|_| Error::Range { addr, len: data.len() as u64 })
+        self.map.write_slice(data, GuestAddress(addr)).map_err(|_| Error::Range { addr, len: data.len() as u64 })
     }
 
     /// Copies from guest physical address `addr`.

@@ -30,9 +30,9 @@ use crate::classes::Class;
 use crate::events::Doorbell;
 use crate::kvm::{Event, Hypervisor};
 use crate::memory::Span;
+use crate::pci::Function;
 use crate::pci::config::{BAR0, COMMAND, ConfigSpace};
 use crate::pci::msix::{self, Message, Msix};
-use crate::pci::Function;
 
 /// Queues of one device at most. It bounds the notification area, the vector table, and the descriptors we hold.
 pub const MAX_QUEUES: u16 = 256;
@@ -129,10 +129,8 @@ pub fn lines(queues: u16) -> io::Result<(Vec<Line>, Vec<vhost_user::Notifiers>)>
     let mut notifiers = Vec::new();
     for _ in 0..queues {
         let (kick, call) = (Event::new()?, Event::new()?);
-        notifiers.push(vhost_user::Notifiers {
-            kick: kick.as_fd().try_clone_to_owned()?,
-            call: call.as_fd().try_clone_to_owned()?,
-        });
+        notifiers
+            .push(vhost_user::Notifiers { kick: kick.as_fd().try_clone_to_owned()?, call: call.as_fd().try_clone_to_owned()? });
         lines.push(Line { kick, call });
     }
     Ok((lines, notifiers))
@@ -404,8 +402,11 @@ impl VirtioPci {
 
     /// The window in configuration space through which firmware reaches the registers without mapping them.
     fn window(inner: &Inner) -> Option<(u64, usize)> {
-        let (bar, offset, len) =
-            (inner.config.u32(inner.access_at + 4), inner.config.u32(inner.access_at + 8), inner.config.u32(inner.access_at + 12));
+        let (bar, offset, len) = (
+            inner.config.u32(inner.access_at + 4),
+            inner.config.u32(inner.access_at + 8),
+            inner.config.u32(inner.access_at + 12),
+        );
         let len = usize::try_from(len).ok().filter(|l| matches!(l, 1 | 2 | 4))?;
         (bar & 0xff == 0 && u64::from(offset) < BAR_SIZE && (offset as usize).is_multiple_of(len))
             .then_some((u64::from(offset), len))

@@ -79,7 +79,8 @@ fn an_initrd_that_is_not_there_or_empty() {
 }
 
 /// Only /dev/null is left, which every program needs.
-const EMPTY_DEV: &str = "mount -t tmpfs none $new && touch $new/null && mount --bind /dev/null $new/null && mount --rbind $new /dev";
+const EMPTY_DEV: &str =
+    "mount -t tmpfs none $new && touch $new/null && mount --bind /dev/null $new/null && mount --rbind $new /dev";
 
 /// Runs the program where `change` has been done to /dev, in a mount namespace of its own.
 fn with_dev(change: &str) -> Option<Run> {

@@ -82,6 +82,14 @@ impl Device {
         self.session.start(self.features, &places).context("Cannot start the device")
     }
 
+    /// Starts the rings again after [`Session::stop`]: at where they were, as a guest does that comes out of sleep.
+    ///
+    /// # Errors
+    /// What the backend refuses.
+    pub fn restart(&mut self) -> Result<()> {
+        self.start()
+    }
+
     /// Continues with a successor of the backend that died.
     ///
     /// # Errors

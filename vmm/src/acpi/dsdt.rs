@@ -1,11 +1,11 @@
 //! The DSDT: the devices of the machine, in AML.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
-    ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate,
+    Scope,
 };
 use acpi_tables::sdt::Sdt;
-use acpi_tables::Aml;
 
 use super::{OEM, Platform, REVISION, TABLE, bytes};
 use crate::memory::{ECAM, MMIO32, Span};
@@ -83,10 +83,7 @@ fn clock() -> Vec<u8> {
 fn panic_port() -> Vec<u8> {
     let ports = IO::new(pvpanic::PORT, pvpanic::PORT, 1, 1);
     let resources = ResourceTemplate::new(vec![&ports]);
-    system_bus(&Device::new(
-        "PEVT".into(),
-        vec![&name("_HID", &"QEMU0001"), &name("_STA", &0xfu8), &name("_CRS", &resources)],
-    ))
+    system_bus(&Device::new("PEVT".into(), vec![&name("_HID", &"QEMU0001"), &name("_STA", &0xfu8), &name("_CRS", &resources)]))
 }
 
 fn com1() -> Vec<u8> {

@@ -81,10 +81,7 @@ fn every_cut_of_a_kernel_is_a_sentence() {
     for whole in [bzimage(4096), elf(true)] {
         for len in [0, 1, 5, 63, 64, 100, 0x202, 0x210, 1023, 1024, 1400, 2047] {
             let error = open("cut", &whole[..len]).unwrap_err();
-            assert!(
-                matches!(error, Error::Truncated { .. } | Error::Unknown { .. } | Error::Unusable { .. }),
-                "{len}: {error}"
-            );
+            assert!(matches!(error, Error::Truncated { .. } | Error::Unknown { .. } | Error::Unusable { .. }), "{len}: {error}");
         }
     }
 }

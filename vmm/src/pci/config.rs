@@ -32,8 +32,7 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// A type 0 header.
     pub fn new(vendor: u16, device: u16, class: u32, subsystem: u16) -> Self {
-        let mut space =
-            Self { bytes: [0; SIZE], writable: [0; SIZE], next: FIRST_CAPABILITY, link: CAPABILITY_POINTER };
+        let mut space = Self { bytes: [0; SIZE], writable: [0; SIZE], next: FIRST_CAPABILITY, link: CAPABILITY_POINTER };
         space.put(0, &vendor.to_le_bytes());
         space.put(2, &device.to_le_bytes());
         // Revision 1 says "not a transitional device" to virtio drivers; it means nothing to others.

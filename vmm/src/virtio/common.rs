@@ -114,13 +114,8 @@ impl Common {
     /// The rings the driver has enabled.
     pub fn rings(&self) -> Vec<vhost_user::Ring> {
         let enabled = self.queues.iter().zip(0u16..).filter(|(q, _)| q.enabled);
-        let ring = |(q, index): (&Queue, u16)| vhost_user::Ring {
-            index,
-            size: q.size,
-            desc: q.desc,
-            avail: q.avail,
-            used: q.used,
-        };
+        let ring =
+            |(q, index): (&Queue, u16)| vhost_user::Ring { index, size: q.size, desc: q.desc, avail: q.avail, used: q.used };
         enabled.map(ring).collect()
     }
 
@@ -251,4 +246,3 @@ impl Common {
         }
     }
 }
-

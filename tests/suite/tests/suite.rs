@@ -1,0 +1,16 @@
+//! The device processes, through the probe and from outside.
+//!
+//! A module a topic; what belongs where is said at its top.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod suite {
+    mod bad_input;
+    mod console;
+    mod device;
+    mod hostile;
+    mod kills;
+    mod outside;
+    mod protocol;
+    mod qemu;
+}

@@ -1,0 +1,1 @@
+//! QEMU as the frontend of our device processes.
