@@ -106,9 +106,9 @@ impl Opened {
     /// Opens kernel, initrd, /dev/kvm, sockets and descriptors, in the order in which people make mistakes.
     ///
     /// `inherit` takes over a descriptor by its number.
-    pub fn open(config: Config, inherit: impl Fn(RawFd) -> anyhow::Result<OwnedFd>) -> Result<Self, Error> {
+    pub fn open(config: Config, inherit: impl Fn(RawFd) -> io::Result<OwnedFd>) -> Result<Self, Error> {
         let inherit = move |fd, what| {
-            inherit(fd).map_err(|e| Error::Descriptor { fd, what, source: io::Error::other(format!("{e:#}")) })
+            inherit(fd).map_err(|source| Error::Descriptor { fd, what, source })
         };
         let images = Images::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
         images.place(config.memory)?;
