@@ -40,8 +40,12 @@ pub struct Args {
     /// Processors
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
     pub cpus: u8,
-    /// A device: NAME,class=CLASS|id=N,fd=N|socket=PATH[,queues=N][,queue-size=N]
-    #[arg(long = "device", value_name = "DEVICE")]
+    /// The devices, in the order of their slots
+    #[arg(
+        long = "device",
+        value_name = "DEVICE",
+        help = "A device: NAME,class=CLASS|id=N,fd=N|socket=PATH[,queues=N][,queue-size=N]"
+    )]
     pub devices: Vec<DeviceSpec>,
     /// Where COM1 goes: none, stdio or fd=N
     #[arg(long, value_name = "WHERE", default_value = "stdio")]

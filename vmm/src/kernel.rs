@@ -1,7 +1,7 @@
 //! The kernel and the initrd: what kind of file this is, whether it fits, and how it gets into guest memory.
 //!
 //! Two kinds of kernel are known: a bzImage, entered by Linux's 64-bit boot protocol, and an ELF vmlinux with a PVH
-//! note. [`Images::open`] reads the headers once and turns them into a checked [`Plan`]; [`Images::load`] carries
+//! note. [`Images::open`] reads the headers once and turns them into a checked `Plan`; [`Images::load`] carries
 //! the plan out, at start and again at every reset. The files stay open, so that a reset needs no path.
 //!
 //! The headers are parsed here and not by a library because a person who passes a wrong file deserves to be told which

@@ -1,5 +1,6 @@
 //! `outboard-vmm`: one virtual machine.
 
+use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use vmm::sandbox::{POLICY, PROCESSOR};
 fn main() -> ExitCode {
     daemon::main(|startup: daemon::Startup<Args>| {
         let config = Config::try_from(startup.args())?;
-        let opened = Opened::open(config, |fd| startup.inherited(fd))?;
+        let opened = Opened::open(config, |fd| startup.inherited(fd).map_err(io::Error::other))?;
         let confined = startup.confine(&POLICY)?;
         let (machine, cpus, shared) = opened.build()?;
         for cpu in cpus {

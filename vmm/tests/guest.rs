@@ -15,6 +15,7 @@ use std::thread;
 use common::{Dir, HALT, PROGRAM, Run, ZEROES, has_kvm, in8, out8, power_off, tiny_kernel};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, Signal, kill_process};
 
 fn machine(code: &[u8], extra: &[&str]) -> Option<Run> {
     if !has_kvm() {
@@ -180,6 +181,17 @@ fn the_power_button_reaches_the_guest() {
     assert_eq!(owner.hear(), r#"{"event":"started"}"#);
     owner.say(r#"{"command":"power-button"}"#);
     assert_eq!(owner.hear(), r#"{"event":"guest","what":"shutdown"}"#);
+    assert_eq!(owner.end(), Some(0));
+}
+
+#[test]
+fn sigterm_is_a_way_to_end_it() {
+    if !has_kvm() {
+        return;
+    }
+    let owner = Owner::new(&HALT).unwrap();
+    assert_eq!(owner.hear(), r#"{"event":"started"}"#);
+    kill_process(Pid::from_child(&owner.child), Signal::TERM).unwrap();
     assert_eq!(owner.end(), Some(0));
 }
 

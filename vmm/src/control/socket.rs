@@ -1,7 +1,7 @@
 //! The control socket: packets of JSON, one object each (docs/architecture.md).
 //!
 //! Its owner is trusted to end the machine, not to be quick: nothing here waits. A packet that does not fit into its
-//! socket's buffer is dropped, and so is one that is longer than [`LONGEST`].
+//! socket's buffer is dropped, and so is one that is longer than `LONGEST`.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;

@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vhost_user::{BackendEvent, Deadlines, Session, Setup};
+use vhost_user::{BackendEvent, Deadlines, Error as Refusal, Session, Setup};
 
 use super::shadow::Shadow;
 use super::{DEFAULT_QUEUE_SIZE, Identity, MAX_QUEUES, VirtioPci, lines};
@@ -182,15 +182,13 @@ impl Remote {
     /// Does what the driver has asked for since the last time.
     pub fn serve(&mut self) -> Option<Change> {
         let work = self.function.work();
-        let mut outcome = Ok(());
-        if let Some((offset, bytes)) = work.config
-            && let Err(e) = self.session.write_config(offset, &bytes)
-        {
-            // A backend may keep no such space, or none that can be written; the driver has been served from the copy.
-            tracing::debug!(device = self.name(), "Cannot write configuration: {e}");
-        }
+        let mut outcome = match work.config.map(|(offset, bytes)| self.session.write_config(offset, &bytes)) {
+            // A backend may keep no such space, or refuse; the driver has been served from the copy.
+            None | Some(Ok(()) | Err(Refusal::Missing(_) | Refusal::Failed(_))) => Ok(()),
+            Some(Err(e)) => Err(e),
+        };
         if work.stop {
-            outcome = self.session.stop();
+            outcome = outcome.and(self.session.stop());
             self.function.stopped();
         }
         if let Some((features, rings)) = work.start {
@@ -238,11 +236,8 @@ impl Remote {
     pub fn replug(&mut self, stream: UnixStream) -> Change {
         let memory = self.memory;
         let outcome = self.session.reconnect(stream, |used| used_index(memory, used));
-        self.state = match outcome {
-            Ok(()) => {
-                self.refresh();
-                Change::Connected
-            }
+        self.state = match outcome.and_then(|()| self.refresh()) {
+            Ok(()) => Change::Connected,
             Err(e) => {
                 self.session.disconnect();
                 Change::Degraded(sentence(&e))
@@ -253,12 +248,15 @@ impl Remote {
 
     /// The backend speaks.
     pub fn listen(&mut self) -> Option<Change> {
-        match self.session.handle_backend_request() {
+        let outcome = match self.session.handle_backend_request() {
             Ok(BackendEvent::ConfigChanged) => self.refresh(),
-            Ok(BackendEvent::Refused(what)) => tracing::debug!(device = self.name(), "refused {what}"),
-            Err(e) => return self.lose(sentence(&e)),
-        }
-        None
+            Ok(BackendEvent::Refused(what)) => {
+                tracing::debug!(device = self.name(), "refused {what}");
+                Ok(())
+            }
+            Err(e) => Err(e),
+        };
+        outcome.err().and_then(|e| self.lose(sentence(&e)))
     }
 
     /// Where the backend says that a ring makes no sense.
@@ -274,11 +272,11 @@ impl Remote {
         None
     }
 
-    fn refresh(&mut self) {
-        match configuration(&mut self.session, self.class, self.function.name(), self.queues) {
-            Ok(shadow) => self.function.refresh(shadow),
-            Err(e) => tracing::debug!(device = self.name(), "Cannot read configuration: {e}"),
-        }
+    /// An exchange that failed half way leaves a connection nobody can trust: the caller gives it up.
+    fn refresh(&mut self) -> Result<(), vhost_user::Error> {
+        let shadow = configuration(&mut self.session, self.class, self.function.name(), self.queues)?;
+        self.function.refresh(shadow);
+        Ok(())
     }
 }
 
