@@ -40,6 +40,8 @@ pub use self::start::run;
 /// How long a guest may take to power off after its power button was pressed by a signal or by leaving the console. A `stop`
 /// keeps its own time.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
+/// A guest that is still starting does not hear its power button: it is pressed again and again until the guest's time is over.
+pub const PRESS_AGAIN: Duration = Duration::from_secs(3);
 /// How long the VMM may take to obey `quit` before it is killed.
 const QUIT_LIMIT: Duration = Duration::from_secs(2);
 /// Between a device process that sees the VMM's connection close and the VMM's own end lies the release of its memory.
@@ -58,6 +60,7 @@ pub struct Supervisor<'a> {
     signals: Signals,
     stage: Stage,
     wanted: Wanted,
+    press_at: Option<Instant>,
     end: Option<End>,
     announce: bool,
 }
@@ -299,6 +302,7 @@ impl Supervisor<'_> {
         self.control.announce("POWERDOWN", &json!({}));
         self.wanted = Wanted::PowerOff;
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        self.press_at = deadline.and_then(|_| Instant::now().checked_add(PRESS_AGAIN));
         match self.stage {
             Stage::Ending(_) | Stage::Stopping(Some(_)) => {}
             _ => self.stage = Stage::Stopping(deadline),
@@ -308,6 +312,7 @@ impl Supervisor<'_> {
     /// Ends the machine without asking the guest.
     fn quit(&mut self, wanted: Wanted) {
         self.wanted = wanted;
+        self.press_at = None;
         self.tell(&Command::Quit);
         self.stage = Stage::Ending(Instant::now() + QUIT_LIMIT);
     }
@@ -330,7 +335,7 @@ impl Supervisor<'_> {
             Stage::Ending(due) => Some(due),
             Stage::Starting | Stage::Running => None,
         };
-        self.slots.iter().filter_map(Slot::due).chain(stage).min()
+        self.slots.iter().filter_map(Slot::due).chain(stage).chain(self.press_at).min()
     }
 
     fn do_what_is_due(&mut self) {
@@ -342,6 +347,10 @@ impl Supervisor<'_> {
                 self.stage = Stage::Ending(now + QUIT_LIMIT);
             }
             _ => {}
+        }
+        if self.press_at.is_some_and(|due| due <= now) {
+            self.press_at = now.checked_add(PRESS_AGAIN);
+            self.tell(&Command::PowerButton);
         }
         for index in 0..self.slots.len() {
             let Some(slot) = self.slots.get_mut(index) else {

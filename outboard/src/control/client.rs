@@ -39,6 +39,7 @@ impl Client {
     /// Carries out a command and returns its answer.
     pub fn execute(&mut self, command: &str) -> Result<Value> {
         let line = format!("{}\n", json!({"execute": command}));
+        self.stream.get_mut().set_read_timeout(Some(ANSWER_LIMIT)).context("Cannot set up the connection")?;
         self.stream.get_mut().write_all(line.as_bytes()).context("The machine does not listen")?;
         loop {
             let mut message = self.message().with_context(|| format!("No answer to {command}"))?;

@@ -84,6 +84,7 @@ fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
         signals,
         stage: Stage::Starting,
         wanted: Wanted::No,
+        press_at: None,
         end: None,
         announce,
     };
