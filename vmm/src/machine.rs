@@ -107,9 +107,7 @@ impl Opened {
     ///
     /// `inherit` takes over a descriptor by its number.
     pub fn open(config: Config, inherit: impl Fn(RawFd) -> io::Result<OwnedFd>) -> Result<Self, Error> {
-        let inherit = move |fd, what| {
-            inherit(fd).map_err(|source| Error::Descriptor { fd, what, source })
-        };
+        let inherit = move |fd, what| inherit(fd).map_err(|source| Error::Descriptor { fd, what, source });
         let images = Images::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
         images.place(config.memory)?;
         let software_kvm = Path::new("/sys/module/kvm_pvm").exists();
@@ -152,13 +150,13 @@ fn processors(kvm: &Kvm, vm: &Vm, supported: &CpuId, count: u8) -> Result<Vec<Cp
 fn reach(device: &DeviceSpec, inherit: &Inherit<'_>) -> Result<UnixStream, Error> {
     let failed = |source| Error::Reach { device: device.name.clone(), source };
     match &device.reach {
-        Reach::Socket(path) => UnixStream::connect(path)
-            .map_err(|e| failed(io::Error::new(e.kind(), format!("{}: {e}", path.display())))),
+        Reach::Socket(path) => {
+            UnixStream::connect(path).map_err(|e| failed(io::Error::new(e.kind(), format!("{}: {e}", path.display()))))
+        }
         Reach::Fd(fd) => {
             let socket = inherit(*fd, "the socket of a device")?;
-            let kind = rustix::net::sockopt::socket_domain(&socket).and_then(|domain| {
-                rustix::net::sockopt::socket_type(&socket).map(|kind| (domain, kind))
-            });
+            let kind = rustix::net::sockopt::socket_domain(&socket)
+                .and_then(|domain| rustix::net::sockopt::socket_type(&socket).map(|kind| (domain, kind)));
             match kind.map_err(|e| failed(e.into()))? {
                 (AddressFamily::UNIX, SocketType::STREAM) => Ok(UnixStream::from(socket)),
                 _ => Err(failed(io::Error::other(format!("descriptor {fd} is not a Unix stream socket")))),
@@ -195,9 +193,7 @@ impl Machine {
     pub fn start(self) -> Result<Control, Error> {
         let Self { opened, memory, vm, chips, platform, shared } = self;
         if opened.software_kvm {
-            tracing::warn!(
-                "This machine's KVM (kvm_pvm) works without processor support: many kernels do not run on it"
-            );
+            tracing::warn!("This machine's KVM (kvm_pvm) works without processor support: many kernels do not run on it");
         }
         let doorbell = Arc::clone(&shared.doorbell);
         let pci = Arc::new(Pci::new(Arc::clone(&doorbell)));
@@ -244,9 +240,7 @@ fn devices(
 
 fn power(vm: &Arc<Vm>, doorbell: &Arc<Doorbell>) -> Power {
     let vm = Arc::clone(vm);
-    let line = move |up| {
-        vm.fd().set_irq_line(u32::from(pm::SCI), up).map_err(|e| io::Error::from_raw_os_error(e.errno()))
-    };
+    let line = move |up| vm.fd().set_irq_line(u32::from(pm::SCI), up).map_err(|e| io::Error::from_raw_os_error(e.errno()));
     Power::new(Box::new(line), Arc::clone(doorbell))
 }
 
@@ -257,4 +251,3 @@ fn com1(vm: &Vm, output: OwnedFd, input: Option<OwnedFd>) -> Result<(Arc<Com1>, 
     let terminal = Terminal::new(&com1, output, input);
     Ok((com1, terminal))
 }
-

@@ -165,7 +165,7 @@ fn a_raw_disk_may_hold_any_bytes() {
     header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
     let server = Server::start("outboard-blk", &scratch, &args);
     disk(&server, Shape::default()).write(0, &mut header).unwrap();
-    drop(server);
+    assert_eq!(server.terminate(), Some(0));
     let server = Server::start("outboard-blk", &scratch, &args);
     let mut again = disk(&server, Shape::default());
     assert_eq!(again.geometry.capacity, 2048, "it is still a raw disk");
