@@ -1,0 +1,75 @@
+//! Device processes that die under a running guest: the guest does not notice.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use probe::random::Random;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::boot::NO_TROUBLE;
+use super::machine::{Machine, Plan};
+
+fn kill(machine: &Machine, role: &str) -> i32 {
+    let pid = machine.pid(role);
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    suite::wait_for("the successor", || {
+        let now = machine.pid(role);
+        (now != pid).then_some(now)
+    })
+}
+
+#[test]
+fn twenty_kills_of_a_disk_under_fio() {
+    let scratch = suite::Scratch::new();
+    let image = scratch.image("fio.img", 32 << 20);
+    let section = format!("[disk.c-fio]\npath = \"{}\"\nqueues = 2\n", image.display());
+    let command = format!(
+        "fio --name=storm --filename=/dev/vdc --direct=1 --rw=randwrite --bs=4k --iodepth=16 --ioengine=libaio --size=16M \
+         --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=1000 --time_based --runtime=100 >/tmp/fio.log 2>&1 & job=$!\n\
+         echo fio-runs; while [ ! -e /tmp/stop ] && kill -0 $job 2>/dev/null; do sleep 1; \
+         if dd if=/dev/vdb bs=1 count=1 status=none >/dev/null; then :; fi; done; wait $job; s=$?; tail -n 30 /tmp/fio.log; \
+         grep -q 'err= 0' /tmp/fio.log || s=1; {NO_TROUBLE}; exit $s"
+    );
+    let mut machine = Plan::run(&command).with_disk().section(&section).start();
+    machine.wait_for("fio-runs");
+    sleep(Duration::from_secs(3));
+    let mut random = Random::new(20);
+    for round in 1..=20 {
+        kill(&machine, "c-fio");
+        assert!(!machine.console().contains("outboard-run"), "fio ended before kill {round}:\n{}", machine.console());
+        sleep(Duration::from_millis(500 + random.below(2000)));
+    }
+    let disk = machine.processes().into_iter().find(|process| process["role"] == "c-fio").unwrap();
+    assert_eq!(disk["restarts"], 20);
+    assert_eq!(disk["state"], "connected");
+    machine.finish().passed();
+}
+
+#[test]
+fn entropy_and_console_are_restarted_at_once() {
+    let command = format!(
+        "i=0; while [ $i -lt 40 ]; do dd if=/dev/hwrng bs=512 count=1 status=none | od -An -tx1 -N4; i=$((i+1)); echo round-$i; sleep 0.3; done; {NO_TROUBLE}"
+    );
+    let mut machine = Plan::run(&command).with_disk().start();
+    machine.wait_for("round-2");
+    for _ in 0..3 {
+        kill(&machine, "entropy");
+        kill(&machine, "main");
+        sleep(Duration::from_millis(500));
+    }
+    let ended = machine.finish().passed();
+    let rounds = (1..=40).filter(|round| ended.console.contains(&format!("round-{round}\r"))).count();
+    assert_eq!(rounds, 40, "no line of the console is lost:\n{}", ended.console);
+}
+
+#[test]
+fn all_devices_at_once() {
+    let mut machine =
+        Plan::run("echo here; i=0; while [ $i -lt 15 ]; do ls /usr/bin | wc -l; i=$((i+1)); sleep 0.5; done").with_disk().start();
+    machine.wait_for("here");
+    let pids: Vec<i32> = ["a-root", "b-script", "entropy", "main"].iter().map(|role| machine.pid(role)).collect();
+    for pid in &pids {
+        kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL).unwrap();
+    }
+    machine.finish().passed();
+}

@@ -1,0 +1,110 @@
+//! The ends of a machine, each told apart, and what is left behind: nothing.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::machine::{Machine, Plan};
+
+fn pids(machine: &Machine) -> Vec<i32> {
+    ["vmm", "b-script", "entropy", "main"].iter().map(|role| machine.pid(role)).collect()
+}
+
+fn gone(pids: &[i32]) {
+    for pid in pids {
+        let path = format!("/proc/{pid}");
+        suite::wait_for("its end", || (!Path::new(&path).exists()).then_some(()));
+    }
+}
+
+fn runtime(machine: &Machine) -> std::path::PathBuf {
+    let base = std::env::var_os("XDG_RUNTIME_DIR").unwrap();
+    Path::new(&base).join("outboard").join(&machine.name)
+}
+
+#[test]
+fn the_ends_of_a_guest_are_told_apart() {
+    for (end, machine, code, says) in [
+        ("outboard.end=panic", "", 4, "panicked"),
+        ("outboard.end=reboot", "on-reboot = \"exit\"\n", 3, "rebooted"),
+        ("outboard.end=reboot reboot=t", "on-reboot = \"exit\"\n", 5, "triple fault"),
+    ] {
+        let lines = format!("cpus = 1\nmemory = \"256M\"\n{machine}");
+        let ended = Plan::run("true").cmdline(end).machine(&lines).finish();
+        assert_eq!(ended.status.code(), Some(code), "{end}: {}", ended.tell());
+        assert!(ended.err.contains(says), "{end}: {}", ended.tell());
+    }
+}
+
+#[test]
+fn a_reboot_keeps_every_process() {
+    let lines = "cpus = 2\nmemory = \"256M\"\n";
+    let mut machine = Plan::run("echo alive; sleep 1").cmdline("outboard.end=reboot").machine(lines).start();
+    machine.wait_for("alive");
+    let before = pids(&machine);
+    let boots = |machine: &Machine| machine.console().matches("outboard-run: exit 0").count();
+    suite::wait_for("three boots", || (boots(&machine) >= 3).then_some(()));
+    assert_eq!(pids(&machine), before);
+    assert!(machine.processes().iter().all(|process| process["restarts"] == 0), "{:?}", machine.processes());
+}
+
+#[test]
+fn the_power_button_ends_a_guest() {
+    let mut machine = Plan::run("echo up; sleep 1000").start();
+    machine.wait_for("up");
+    let (all, dir, name) = (pids(&machine), runtime(&machine), machine.name.clone());
+    assert_eq!(fs::metadata(&dir).map(|dir| std::os::unix::fs::PermissionsExt::mode(&dir.permissions()) & 0o777).unwrap(), 0o700);
+    machine.outboard(&["stop", &name, "--timeout", "120"]);
+    let ended = machine.finish();
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.tell());
+    gone(&all);
+    assert!(!dir.exists());
+}
+
+#[test]
+fn a_guest_that_does_not_listen_is_ended_after_the_deadline() {
+    let mut machine = Plan::run("killall acpid; echo deaf; sleep 1000").start();
+    machine.wait_for("deaf");
+    let (all, name) = (pids(&machine), machine.name.clone());
+    let output = std::process::Command::new(suite::program("outboard")).args(["stop", &name, "--timeout", "3"]).output().unwrap();
+    println!("{}", String::from_utf8_lossy(&output.stderr));
+    machine.finish();
+    gone(&all);
+}
+
+#[test]
+fn a_killed_composer_leaves_nothing_behind() {
+    let mut machine = Plan::run("echo up; sleep 1000").start();
+    machine.wait_for("up");
+    let (all, dir) = (pids(&machine), runtime(&machine));
+    assert!(dir.exists());
+    kill_process(Pid::from_raw(machine.id()).unwrap(), Signal::KILL).unwrap();
+    gone(&all);
+    suite::wait_for("the folder's end", || (!dir.exists()).then_some(()));
+}
+
+#[test]
+fn a_killed_vmm_ends_the_machine_with_a_reason() {
+    let mut machine = Plan::run("echo up; sleep 1000").start();
+    machine.wait_for("up");
+    let all = pids(&machine);
+    kill_process(Pid::from_raw(machine.pid("vmm")).unwrap(), Signal::KILL).unwrap();
+    let ended = machine.finish();
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.tell());
+    assert_eq!(ended.err.trim().lines().count(), 1, "one sentence: {}", ended.err);
+    gone(&all);
+}
+
+#[test]
+fn a_stopped_device_does_not_stop_the_guest() {
+    let mut machine = Plan::run("i=0; while [ $i -lt 1000 ]; do echo tick-$i; i=$((i+1)); sleep 0.2; done").start();
+    machine.wait_for("tick-1");
+    let pid = Pid::from_raw(machine.pid("entropy")).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    let last = machine.console().matches("tick-").count();
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(machine.console().matches("tick-").count() > last, "the guest goes on");
+    kill_process(pid, Signal::CONT).unwrap();
+}
