@@ -3,10 +3,11 @@
 //! environment variable `PRETEND`, words of the form `NAME:WHAT` separated by spaces:
 //!
 //! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence;
+//! - `console:raw` makes the terminal raw and leaves it so;
 //! - `blk:1` fails with status 1 and a sentence, `blk:crash` aborts after serving for a moment, `console:leave` ends with 0.
 
 use std::ffi::OsString;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write, stdin};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,6 +17,7 @@ use std::time::Duration;
 use std::{env, thread};
 
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg, sendmsg};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
@@ -52,11 +54,19 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
         match wish {
             "crash" => abort(),
             "leave" => return ExitCode::SUCCESS,
+            "raw" => make_raw(),
             _ => {}
         }
     }
     let _hung_up = connection.read(&mut [0]);
     ExitCode::SUCCESS
+}
+
+fn make_raw() {
+    if let Ok(mut settings) = tcgetattr(stdin()) {
+        settings.make_raw();
+        let _no_terminal = tcsetattr(stdin(), OptionalActions::Now, &settings);
+    }
 }
 
 fn vmm(args: &[String], wish: &str) -> ExitCode {

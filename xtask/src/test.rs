@@ -4,12 +4,12 @@
 //! 2. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
 //!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere.
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::host::Kvm;
 use crate::{build, cache, guest, host, nested, say};
@@ -116,18 +116,12 @@ fn workspace(programs: &Path, with_guests: bool) -> Result<()> {
 
 /// The suite's test programs that need no guest.
 fn suite_tests() -> Result<Vec<String>> {
-    let Ok(entries) = fs::read_dir(cache::tree().join("tests/suite/tests")) else {
-        return Ok(Vec::new());
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if path.extension().is_some_and(|extension| extension == "rs") && name != "guest" {
-            names.push(name);
-        }
-    }
-    Ok(names)
+    let output = say::quietly(build::cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
+    let metadata: Value = serde_json::from_slice(&output).context("cargo answered with something else than JSON")?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let targets = packages.filter(|package| package["name"] == "suite").filter_map(|package| package["targets"].as_array());
+    let tests = targets.flatten().filter(|target| target["kind"][0] == "test" && target["name"] != "guest");
+    Ok(tests.filter_map(|target| target["name"].as_str().map(str::to_owned)).collect())
 }
 
 fn in_nested(suite: &Path, programs: &Path, options: &[String]) -> Result<()> {

@@ -1,3 +1,5 @@
+//! Conversations with the control socket, as clients of QEMU lead them.
+
 use std::io::{BufRead, BufReader};
 
 use super::*;

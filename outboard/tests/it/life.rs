@@ -1,8 +1,14 @@
 //! How a machine lives and ends.
 
+use std::fs::File;
+use std::process::{Child, Stdio};
 use std::time::Instant;
 
-use crate::machine::{LIMIT, Machine, eventually, is_alive, kill, process};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
+
+use crate::machine::{LIMIT, Machine, Running, eventually, is_alive, kill, process};
 
 const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n[console.main]\noutput = \"pty\"\n";
 
@@ -152,4 +158,29 @@ fn a_backend_of_somebody_else_is_connected_again() {
     drop(connection);
     machine.run(&["stop", "web"]);
     assert_eq!(running.end().status, Some(0));
+}
+
+#[test]
+fn the_terminal_is_put_back_however_the_machine_ends() {
+    for signal in [Signal::TERM, Signal::KILL] {
+        let machine = Machine::new().file("[console.main]\n").pretend("console:raw");
+        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&controller).unwrap();
+        unlockpt(&controller).unwrap();
+        let path = ptsname(&controller, Vec::new()).unwrap();
+        let terminal = File::options().read(true).write(true).open(path.to_str().unwrap()).unwrap();
+        let is_raw = || !tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON);
+        let mut command = machine.command(&["run", "web.toml"]);
+        command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap());
+        let mut running = Running { machine: &machine, child: command.stderr(Stdio::null()).spawn().unwrap() };
+        eventually("the console process makes the terminal raw", is_raw);
+        kill_with(signal, &running.child);
+        running.child.wait().unwrap();
+        eventually("the terminal is put back", || !is_raw());
+        eventually("the runtime directory goes", || machine.is_gone());
+    }
+}
+
+fn kill_with(signal: Signal, child: &Child) {
+    kill_process(Pid::from_child(child), signal).unwrap();
 }

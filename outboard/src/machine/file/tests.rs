@@ -1,3 +1,5 @@
+//! Golden texts: what a person reads who has made a mistake in a machine file.
+
 use super::*;
 
 fn error(text: &str) -> String {
