@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::debian::Packages;
 use crate::guest::image;
 use crate::{build, cache, guest, host, say};
 
@@ -118,6 +119,11 @@ pub(crate) fn prepare() -> Result<()> {
     let images = guest::prepare()?;
     tools::prepare(&images)?;
     Ok(())
+}
+
+/// QEMU alone, for tests that use it as somebody else's frontend.
+pub(crate) fn qemu() -> Result<PathBuf> {
+    tools::qemu(&Packages::default())
 }
 
 /// Is there nothing to do any more?

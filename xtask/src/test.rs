@@ -44,7 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     };
     if !args.guest_only {
-        workspace(&programs, suite.is_some())?;
+        workspace(&programs, images.as_deref())?;
     }
     let (Some(suite), Some(images)) = (suite, images) else {
         return Ok(());
@@ -86,7 +86,11 @@ fn announce(kvm: &Kvm) -> Result<()> {
 }
 
 /// The tests that need no guest. nextest is used where it is installed: it runs each test in its own process.
-fn workspace(programs: &Path, with_guests: bool) -> Result<()> {
+///
+/// Some of them have QEMU boot the guest from our devices; they are told where both are.
+fn workspace(programs: &Path, images: Option<&Path>) -> Result<()> {
+    let with_guests = images.is_some();
+    let qemu = nested::qemu()?;
     let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
     if nextest {
@@ -109,7 +113,11 @@ fn workspace(programs: &Path, with_guests: bool) -> Result<()> {
         }
     }
     for mut command in commands {
-        say::openly(command.env("OUTBOARD_BIN", programs))?;
+        command.env("OUTBOARD_BIN", programs).env("OUTBOARD_QEMU", &qemu);
+        if let Some(images) = images {
+            command.env("OUTBOARD_GUEST", images);
+        }
+        say::openly(&mut command)?;
     }
     Ok(())
 }

@@ -1,1 +1,127 @@
-//! QEMU as the frontend of our device processes.
+//! QEMU as the frontend of our device processes: a Debian guest, under software emulation, boots from our disk and gets its random
+//! numbers from our source. `cargo xtask test` says where the guest and QEMU are.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use suite::{Scratch, Server};
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+fn place(variable: &str) -> PathBuf {
+    let path = std::env::var_os(variable).map(PathBuf::from).unwrap_or_default();
+    assert!(path.exists(), "{variable} does not say where it is; run cargo xtask test");
+    path
+}
+
+/// A machine of QEMU's.
+struct Qemu {
+    child: Child,
+    console: PathBuf,
+}
+
+impl Qemu {
+    /// Boots the guest with these devices.
+    fn start(scratch: &Scratch, cmdline: &str, devices: &[String]) -> Qemu {
+        let (tree, images, console) = (place("OUTBOARD_QEMU"), place("OUTBOARD_GUEST"), scratch.path("console"));
+        let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
+        command.arg("--library-path").arg(tree.join("usr/lib/x86_64-linux-gnu")).arg(tree.join("usr/bin/qemu-system-x86_64"));
+        command.arg("-L").arg(tree.join("usr/share/qemu")).arg("-L").arg(tree.join("usr/share/seabios"));
+        command.args(["-M", "q35,memory-backend=m,hpet=off", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "1"]);
+        command.args(["-object", "memory-backend-memfd,id=m,size=512M,share=on"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.arg("-serial").arg(OsString::from(format!("file:{}", console.display())));
+        command.args(devices);
+        command.arg("-kernel").arg(images.join("vmlinux")).arg("-initrd").arg(images.join("initrd.img"));
+        command.arg("-append").arg(format!("console=ttyS0 quiet root=/dev/vda outboard.overlay outboard.script=/dev/vdb {cmdline}"));
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        Qemu { child, console }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
+    }
+
+    fn wait_for(&mut self, text: &str) {
+        let start = Instant::now();
+        while !self.text().contains(text) {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none() && start.elapsed() < LIMIT, "waiting for {text:?}: {ended:?}\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _already_gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+fn script(scratch: &Scratch, command: &str) -> PathBuf {
+    let path = scratch.path("script.img");
+    let mut bytes = command.as_bytes().to_vec();
+    bytes.resize(bytes.len().next_multiple_of(4096), 0);
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// A disk for QEMU, served by us.
+fn disk(server: &Server, id: &str, queues: u16) -> Vec<String> {
+    let path = server.socket.display();
+    [
+        "-chardev".to_owned(), format!("socket,id={id},path={path},reconnect-ms=100"),
+        "-device".to_owned(), format!("vhost-user-blk-pci,chardev={id},num-queues={queues}"),
+    ]
+    .to_vec()
+}
+
+fn blk(scratch: &Scratch, image: &std::path::Path, more: &[&str]) -> Server {
+    Server::start("outboard-blk", scratch, &[&["--blk-file", image.to_str().unwrap(), "--format", "raw"][..], more].concat())
+}
+
+#[test]
+fn a_guest_of_qemu_boots_from_our_disk_and_is_given_our_randomness() {
+    let (one, two, three, rest) = (Scratch::new(), Scratch::new(), Scratch::new(), Scratch::new());
+    let command = "set -e; test $(cat /sys/class/misc/hw_random/rng_current) = virtio_rng.0; dd if=/dev/hwrng bs=64 count=4 status=none | od -An -tx1 -N16\n\
+        mkfs.ext4 -q /dev/vdc; mount /dev/vdc /mnt; cp /usr/bin/[a-f]* /mnt; sync; umount /mnt; e2fsck -fn /dev/vdc; echo 3 >/proc/sys/vm/drop_caches\n\
+        mount /dev/vdc /mnt; cmp /usr/bin/bash /mnt/bash; fstrim /mnt; umount /mnt\n\
+        if dmesg | grep -v Speculative | grep -iE 'WARNING:|BUG:|I/O error|is not a head'; then exit 9; fi";
+    let root = blk(&one, &place("OUTBOARD_GUEST").join("root.img"), &["--read-only"]);
+    let text = blk(&two, &script(&rest, command), &["--read-only"]);
+    let data = blk(&three, &rest.image("data.img", 64 << 20), &["--num-queues", "2"]);
+    let rng = Server::start("outboard-rng", &rest, &[]);
+    let mut devices = [disk(&root, "a", 1), disk(&text, "b", 1), disk(&data, "c", 2)].concat();
+    devices.extend(["-chardev".to_owned(), format!("socket,id=r,path={}", rng.socket.display())]);
+    devices.extend(["-device".to_owned(), "vhost-user-rng-pci,chardev=r".to_owned()]);
+    let mut qemu = Qemu::start(&rest, "", &devices);
+    qemu.wait_for("outboard-run: exit");
+    assert!(qemu.text().contains("outboard-run: exit 0"), "{}", qemu.text());
+}
+
+#[test]
+fn a_guest_of_qemu_does_not_notice_that_its_disk_was_killed() {
+    let (one, two, three, rest) = (Scratch::new(), Scratch::new(), Scratch::new(), Scratch::new());
+    let command = "fio --name=storm --filename=/dev/vdc --direct=1 --rw=randwrite --bs=4k --iodepth=8 --ioengine=libaio --size=8M \
+        --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=1000 --time_based --runtime=30 >/tmp/log 2>&1 & job=$!\n\
+        echo fio-runs; wait $job; s=$?; tail -n 5 /tmp/log; exit $s";
+    let root = blk(&one, &place("OUTBOARD_GUEST").join("root.img"), &["--read-only"]);
+    let text = blk(&two, &script(&rest, command), &["--read-only"]);
+    let image = rest.image("data.img", 16 << 20);
+    let mut data = blk(&three, &image, &[]);
+    let devices = [disk(&root, "a", 1), disk(&text, "b", 1), disk(&data, "c", 1)].concat();
+    let mut qemu = Qemu::start(&rest, "", &devices);
+    qemu.wait_for("fio-runs");
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_secs(2));
+        drop(data);
+        fs::remove_file(three.path("outboard-blk.sock")).unwrap();
+        data = blk(&three, &image, &[]);
+    }
+    qemu.wait_for("outboard-run: exit");
+    assert!(qemu.text().contains("outboard-run: exit 0"), "{}", qemu.text());
+}
