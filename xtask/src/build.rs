@@ -62,11 +62,13 @@ struct Target {
     name: String,
 }
 
-/// Builds one test program and returns its path, or nothing where the package has no such test.
-pub(crate) fn test_program(package: &str, test: &str) -> Result<Option<PathBuf>> {
-    if !cache::tree().join("tests").join(package).join("tests").join(format!("{test}.rs")).exists() {
+/// Builds one test program of a crate and returns its path, or nothing where the crate has no such test.
+pub(crate) fn test_program(folder: &str, test: &str) -> Result<Option<PathBuf>> {
+    if !cache::tree().join(folder).join("tests").join(format!("{test}.rs")).exists() {
         return Ok(None);
     }
+    // A folder's name is its crate's name.
+    let package = folder.rsplit('/').next().unwrap_or(folder);
     let mut command = cargo();
     command.args(["test", "--quiet", "--no-run", "--message-format=json", "--package", package, "--test", test]);
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("Cannot start cargo")?;

@@ -2,9 +2,10 @@
 //!
 //! 1. every unit and integration test of the workspace, on this host, without a guest;
 //! 2. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
-//!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere.
+//!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere, together with the VMM's own guest tests
+//!    (`vmm/tests/guest.rs`), some of which skip themselves on a KVM that is none.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -34,33 +35,31 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     announce(&kvm)?;
     host::prepare(&host::Wanted { images: true })?;
     let programs = build::programs(false)?;
-    let suite = build::test_program("suite", "guest")?;
-    let images = match (&suite, &kvm) {
-        (None, _) => None,
-        (Some(_), Kvm::Direct) => Some(guest::prepare()?),
-        (Some(_), Kvm::Nested(_)) => {
-            nested::prepare()?;
-            Some(guest::prepare()?)
-        }
-    };
+    let suite = build::test_program("tests/suite", "guest")?;
+    // On the host's own KVM these run among the other tests.
+    let of_the_vmm = if kvm == Kvm::Direct { None } else { build::test_program("vmm", "guest")? };
+    // The suite comes last: its closing line is ours.
+    let guests: Vec<(&str, PathBuf)> =
+        [("vmm", of_the_vmm), ("suite", suite)].into_iter().filter_map(|(name, path)| Some((name, path?))).collect();
+    let images = guest::prepare()?;
     if !args.guest_only {
-        workspace(&programs, images.as_deref())?;
+        workspace(&programs, &images)?;
     }
-    let (Some(suite), Some(images)) = (suite, images) else {
-        return Ok(());
-    };
     let mut options = vec!["--test-threads=1".to_owned()];
     options.extend(args.only.clone());
     match kvm {
+        _ if guests.is_empty() => Ok(()),
         Kvm::Direct => {
             say::line("Guest suite: on this host's KVM.");
-            let mut command = Command::new(&suite);
-            command.args(options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs);
-            say::openly(&mut command)
+            guests.iter().try_for_each(|(_, test)| {
+                let mut command = Command::new(test);
+                command.args(&options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs);
+                say::openly(&mut command)
+            })
         }
         Kvm::Nested(why) => {
             say::line(&format!("Guest suite: in the nested machine, because {why}."));
-            in_nested(&suite, &programs, &options)
+            in_nested(&guests, &programs, &options)
         }
     }
 }
@@ -88,18 +87,14 @@ fn announce(kvm: &Kvm) -> Result<()> {
 /// The tests that need no guest. nextest is used where it is installed: it runs each test in its own process.
 ///
 /// Some of them have QEMU boot the guest from our devices; they are told where both are.
-fn workspace(programs: &Path, images: Option<&Path>) -> Result<()> {
-    let with_guests = images.is_some();
+fn workspace(programs: &Path, images: &Path) -> Result<()> {
     let qemu = nested::qemu()?;
     let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
     if nextest {
         let mut command = build::cargo();
         command.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
-        // nextest refuses a filter that matches nothing.
-        if with_guests {
-            command.args(["-E", "not (package(suite) and binary(guest))"]);
-        }
+        command.args(["-E", "not (package(suite) and binary(guest))"]);
         commands.push(command);
     } else {
         say::line("cargo-nextest is not installed (cargo install cargo-nextest): using cargo test.");
@@ -113,10 +108,7 @@ fn workspace(programs: &Path, images: Option<&Path>) -> Result<()> {
         }
     }
     for mut command in commands {
-        command.env("OUTBOARD_BIN", programs).env("OUTBOARD_QEMU", &qemu);
-        if let Some(images) = images {
-            command.env("OUTBOARD_GUEST", images);
-        }
+        command.env("OUTBOARD_BIN", programs).env("OUTBOARD_QEMU", &qemu).env("OUTBOARD_GUEST", images);
         say::openly(&mut command)?;
     }
     Ok(())
@@ -132,11 +124,19 @@ fn suite_tests() -> Result<Vec<String>> {
     Ok(tests.filter_map(|target| target["name"].as_str().map(str::to_owned)).collect())
 }
 
-fn in_nested(suite: &Path, programs: &Path, options: &[String]) -> Result<()> {
+fn in_nested(guests: &[(&str, PathBuf)], programs: &Path, options: &[String]) -> Result<()> {
     let words: Vec<String> = options.iter().map(|word| nested::quote(word)).collect();
-    let script = format!("export OUTBOARD_BIN=/outboard/bin\nexec /outboard/files/guest {}\n", words.join(" "));
+    // cargo has told the tests at compile time where the programs are: there they are in this machine, too.
+    let place = nested::quote(&programs.display().to_string());
+    let mut script =
+        format!("export OUTBOARD_BIN=/outboard/bin\nmkdir -p {place} && rmdir {place} && ln -s /outboard/bin {place}\n");
+    script.push_str("failed=0\n");
+    for (name, _) in guests {
+        script.push_str(&format!("/outboard/files/{name} {} || failed=1\n", words.join(" ")));
+    }
+    script.push_str("exit $failed\n");
     let mut job = nested::Job::new(script, Some(programs))?;
-    job.files.push((suite.to_path_buf(), "files/guest".to_owned()));
+    job.files.extend(guests.iter().map(|(name, test)| (test.clone(), format!("files/{name}"))));
     job.limit = GUEST_SUITE_LIMIT;
     match job.run().context("The nested machine failed")? {
         0 => Ok(()),

@@ -36,7 +36,9 @@ impl Qemu {
         command.arg("-serial").arg(OsString::from(format!("file:{}", console.display())));
         command.args(devices);
         command.arg("-kernel").arg(images.join("vmlinux")).arg("-initrd").arg(images.join("initrd.img"));
-        command.arg("-append").arg(format!("console=ttyS0 quiet root=/dev/vda outboard.overlay outboard.script=/dev/vdb {cmdline}"));
+        command
+            .arg("-append")
+            .arg(format!("console=ttyS0 quiet root=/dev/vda outboard.overlay outboard.script=/dev/vdb {cmdline}"));
         let child = command.stdin(Stdio::null()).spawn().unwrap();
         Qemu { child, console }
     }
@@ -74,8 +76,10 @@ fn script(scratch: &Scratch, command: &str) -> PathBuf {
 fn disk(server: &Server, id: &str, queues: u16) -> Vec<String> {
     let path = server.socket.display();
     [
-        "-chardev".to_owned(), format!("socket,id={id},path={path},reconnect-ms=100"),
-        "-device".to_owned(), format!("vhost-user-blk-pci,chardev={id},num-queues={queues}"),
+        "-chardev".to_owned(),
+        format!("socket,id={id},path={path},reconnect-ms=100"),
+        "-device".to_owned(),
+        format!("vhost-user-blk-pci,chardev={id},num-queues={queues}"),
     ]
     .to_vec()
 }
