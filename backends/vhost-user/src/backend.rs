@@ -208,7 +208,7 @@ impl<D: Device> Backend<D> {
         match request {
             FrontendReq::GET_FEATURES => Ok(Answer::Number(self.identity.features | VHOST_USER_F_PROTOCOL_FEATURES)),
             FrontendReq::SET_FEATURES => self.set_features(message.u64()?),
-            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::Number(features::OFFERED)),
+            FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::Number(self.offered())),
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(message.u64()?),
             FrontendReq::GET_QUEUE_NUM => Ok(Answer::Number(self.identity.queues.into())),
             FrontendReq::SET_OWNER => Ok(Answer::Done),
@@ -238,6 +238,11 @@ impl<D: Device> Backend<D> {
         }
     }
 
+    /// A device without a configuration space does not offer to have it read.
+    fn offered(&self) -> u64 {
+        if self.identity.config_len == 0 { features::OFFERED & !features::CONFIG } else { features::OFFERED }
+    }
+
     fn set_features(&mut self, features: u64) -> Result<Answer> {
         let device = features & !VHOST_USER_F_PROTOCOL_FEATURES;
         if device & !self.identity.features != 0 {
@@ -254,8 +259,8 @@ impl<D: Device> Backend<D> {
     }
 
     fn set_protocol_features(&mut self, protocol: u64) -> Result<Answer> {
-        if protocol & !features::OFFERED != 0 {
-            let extra = features::names(protocol & !features::OFFERED).join(", ");
+        if protocol & !self.offered() != 0 {
+            let extra = features::names(protocol & !self.offered()).join(", ");
             return Err(refused(FrontendReq::SET_PROTOCOL_FEATURES, &format!("not offered: {extra}")));
         }
         self.connection.protocol = protocol;

@@ -95,7 +95,8 @@ fn nonsense_is_refused_and_the_connection_goes_on() {
     assert!(refused(frontend.set_ring_size(0, 0)));
     assert!(refused(frontend.set_ring_size(0, 512)), "larger than the device's largest");
     assert!(refused(frontend.set_ring_size(1, 8)), "there is no second ring");
-    assert!(refused(frontend.set_config(0, &[1])), "this device has nothing to write");
+    assert_eq!(frontend.protocol_features().unwrap() & features::CONFIG, 0, "this device has no configuration");
+    assert!(refused(frontend.set_config(0, &[1])), "and nothing in it to write");
     assert!(refused(frontend.remove_memory_region(&guest.entry)));
     frontend.add_memory_region(&guest.entry, guest.fd.as_fd()).unwrap();
     assert!(refused(frontend.add_memory_region(&guest.entry, guest.fd.as_fd())), "it overlaps");
