@@ -49,6 +49,7 @@ pub mod rules {
         allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_GETFD as u32)], "debug builds look whether what they close is open"),
         allow(libc::SYS_poll, "waiting"),
         allow(libc::SYS_ppoll, "waiting with a limit of time"),
+        allow(libc::SYS_clock_gettime, "the time, where the kernel offers no faster way"),
         allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
         allow(libc::SYS_sigaltstack, "Rust takes its signal stack away at the end"),
         allow(libc::SYS_exit_group, "the end of the process"),

@@ -140,7 +140,8 @@ fn arming_notices_what_came_meanwhile() {
 
 #[test]
 fn a_driver_that_breaks_the_rules_breaks_its_ring_once() {
-    let breaks: [(&str, fn(&mut Driver)); 4] = [
+    type Attack = fn(&mut Driver);
+    let breaks: [(&str, Attack); 4] = [
         ("jump", |driver| driver.put(AVAIL + 2, &(SIZE + 1).to_le_bytes())),
         ("head", |driver| driver.offer(SIZE)),
         ("in use", |driver| {
