@@ -91,7 +91,7 @@ pub struct Flags {
     /// What to do when the guest reboots [default: restart]
     #[arg(long, value_name = "ACTION")]
     pub on_reboot: Option<OnReboot>,
-    /// How much confinement the processes may go without on an old kernel; see the threat model
+    /// The oldest kernel whose sandbox is accepted: linux-6.12, linux-6.1 or linux-5.15 [default: linux-6.12]
     #[arg(long, value_name = "FLOOR")]
     pub sandbox_floor: Option<String>,
 }

@@ -6,7 +6,8 @@ use virtio::memory::Trust;
 /// What is accepted as guest memory.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct MemoryArgs {
-    /// Accept guest memory that its owner could shorten, as of cloud-hypervisor and user-mode Linux. It can end this process so
+    /// Accept guest memory that is not sealed against shrinking, such as cloud-hypervisor's or user-mode Linux's. Whoever
+    /// owns it can then end this process
     #[arg(long)]
     pub allow_unsealed_memory: bool,
 }

@@ -186,8 +186,8 @@ impl<D: Device> Backend<D> {
             Ok(Answer::WithFd(body, fd)) => channel.reply(message.request, &body, &[fd.as_fd()], deadline),
             Err(error @ (Error::Malformed(_) | Error::Closed | Error::Deadline { .. } | Error::Socket { .. })) => Err(error),
             Err(error) => {
-                let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                warn!(target: virtio::GUEST, "The frontend's {name} is refused: {error} {cause}");
+                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+                warn!(target: virtio::GUEST, "The frontend's {name} is refused: {error}{cause}");
                 // A request with an answer of its own cannot be refused in a way the frontend would notice.
                 match (has_answer(message.request), acknowledge) {
                     (true, _) => Err(error),
