@@ -95,6 +95,17 @@ pub enum Backend {
     Socket(PathBuf),
 }
 
+/// What a process gets of our standard streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdio {
+    /// None of them: it reads and writes nothing there.
+    Nothing,
+    /// Stdout, on which it says what the user has to know (the name of a pseudo-terminal).
+    Output,
+    /// The terminal: stdin and stdout. When it ends with 0, the user has left.
+    Terminal,
+}
+
 /// A program beside `outboard`, with its arguments.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Program {
@@ -102,8 +113,8 @@ pub struct Program {
     pub name: &'static str,
     /// Its arguments, without the connection.
     pub args: Vec<OsString>,
-    /// It owns our terminal: it gets our stdin and stdout, and when it ends with 0, the user has left.
-    pub terminal: bool,
+    /// What it gets of our standard streams.
+    pub stdio: Stdio,
     /// A file that must be there before the program is started.
     pub needs: Option<PathBuf>,
 }
@@ -136,7 +147,7 @@ impl Disk {
         if let Some(serial) = self.serial {
             args.extend(["--serial".into(), serial.into()]);
         }
-        let program = Program { name: "outboard-blk", args, terminal: false, needs: Some(self.path) };
+        let program = Program { name: "outboard-blk", args, stdio: Stdio::Nothing, needs: Some(self.path) };
         Device { name, class: Class::Named("blk".to_owned()), queues: self.queues, backend: Backend::Process(program) }
     }
 }
@@ -149,7 +160,7 @@ pub fn rng(name: String, limit: Option<(u32, u32)>) -> Device {
         args.extend(["--max-bytes".into(), bytes.to_string().into()]);
         args.extend(["--period".into(), milliseconds.to_string().into()]);
     }
-    let program = Program { name: "outboard-rng", args, terminal: false, needs: None };
+    let program = Program { name: "outboard-rng", args, stdio: Stdio::Nothing, needs: None };
     Device { name, class: Class::Named("rng".to_owned()), queues: None, backend: Backend::Process(program) }
 }
 
@@ -170,14 +181,18 @@ impl Console {
     /// The device.
     #[must_use]
     pub fn device(self, name: String) -> Device {
-        let terminal = self == Self::Terminal;
+        let stdio = match &self {
+            Self::Terminal => Stdio::Terminal,
+            Self::Pty => Stdio::Output,
+            _ => Stdio::Nothing,
+        };
         let args: Vec<OsString> = match self {
             Self::Terminal => vec!["--terminal".into()],
             Self::Pty => vec!["--pty".into()],
             Self::File(path) => vec!["--file".into(), path.into()],
             Self::Socket(path) => vec!["--socket".into(), path.into()],
         };
-        let program = Program { name: "outboard-console", args, terminal, needs: None };
+        let program = Program { name: "outboard-console", args, stdio, needs: None };
         Device { name, class: Class::Named("console".to_owned()), queues: None, backend: Backend::Process(program) }
     }
 }

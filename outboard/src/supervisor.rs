@@ -256,8 +256,10 @@ impl Supervisor<'_> {
         }
         process.log.release();
         let left = slot.is_terminal() && slot.served && ending == Ending::Exit(0);
-        // A device process ends in order when the VMM hangs up, and that it does when it ends itself.
-        if ending == Ending::Exit(0) && self.vmm_ends_within(VMM_END_DELAY) {
+        // A device process ends in order when the VMM hangs up, and that it does when it ends itself. One that was killed is
+        // started again without a delay, unless there is no VMM any more.
+        let patience = if ending == Ending::Exit(0) { VMM_END_DELAY } else { Duration::ZERO };
+        if self.vmm_ends_within(patience) {
             return;
         }
         if left {

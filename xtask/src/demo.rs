@@ -72,7 +72,7 @@ fn on_the_host(demo: &Path, mode: &str, images: &Path, programs: &Path) -> Resul
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("bash");
     command.arg(demo).arg(mode).arg(&dir);
-    command.env("OUTBOARD_GUEST", images).env("PATH", format!("{}:{path}", programs.display()));
+    command.env("OUTBOARD_GUEST", images).env("PATH", format!("{}:{path}", programs.display())).envs(host::floor());
     let status = command.status().context("Cannot start bash");
     cache::remove_tree(&dir)?;
     match status?.code() {

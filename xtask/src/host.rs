@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 use rustix::process::geteuid;
+use sandbox::{Floor, Kernel};
 
 use crate::say;
 
@@ -55,6 +56,20 @@ pub(crate) fn prepare(wanted: &Wanted) -> Result<()> {
     install.args(packages.split(' '));
     say::step(&format!("Install {packages}"), || say::quietly(&mut install))?;
     Ok(())
+}
+
+/// The floor of the sandbox that programs have to be told of on this host, as an environment variable: Debian 12's own kernel
+/// does not reach the default one. What is missing there is said.
+pub(crate) fn floor() -> Option<(&'static str, String)> {
+    const VARIABLE: &str = "OUTBOARD_SANDBOX_FLOOR";
+    let kernel = Kernel::running();
+    let lower = kernel.floor().filter(|floor| *floor != Floor::default())?;
+    if env::var_os(VARIABLE).is_some() {
+        return None;
+    }
+    let error = kernel.require(Floor::default()).err()?;
+    say::line(&format!("{error}: done, with {VARIABLE}={lower}."));
+    Some((VARIABLE, lower.to_string()))
 }
 
 /// Is there a program of this name? The directories for administrators count even where they are not in PATH.

@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             say::line("Guest suite: on this host's KVM.");
             guests.iter().try_for_each(|(_, test)| {
                 let mut command = Command::new(test);
-                command.args(&options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs);
+                command.args(&options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs).envs(host::floor());
                 say::openly(&mut command)
             })
         }
@@ -92,6 +92,7 @@ fn announce(kvm: &Kvm) -> Result<()> {
 /// Some of them have QEMU boot the guest from our devices; they are told where both are.
 fn workspace(programs: &Path, images: &Path) -> Result<()> {
     let qemu = nested::qemu()?;
+    let floor = host::floor();
     let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
     if nextest {
@@ -111,7 +112,7 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
         }
     }
     for mut command in commands {
-        command.env("OUTBOARD_BIN", programs).env("OUTBOARD_QEMU", &qemu).env("OUTBOARD_GUEST", images);
+        command.env("OUTBOARD_BIN", programs).env("OUTBOARD_QEMU", &qemu).env("OUTBOARD_GUEST", images).envs(floor.clone());
         say::openly(&mut command)?;
     }
     Ok(())
@@ -168,7 +169,7 @@ fn one_in_nested(name: &str, program: &Path, programs: &Path, test: &str) -> Res
     for attempt in 1..=ATTEMPTS {
         match job.run() {
             Err(error) if attempt < ATTEMPTS => {
-                say::line(&format!("The nested machine itself failed ({error:#}); {test} is tried again."))
+                say::line(&format!("The nested machine itself failed ({error:#}); {test} is tried again."));
             }
             other => return other.context("The nested machine failed"),
         }

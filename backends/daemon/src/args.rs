@@ -55,7 +55,7 @@ pub struct Base {
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     pub log_format: LogFormat,
     /// The oldest kernel whose sandbox is accepted: linux-6.12, linux-6.1 or linux-5.15. Without it an older kernel is an error
-    #[arg(long, default_value_t, value_name = "KERNEL")]
+    #[arg(long, default_value_t, value_name = "KERNEL", env = "OUTBOARD_SANDBOX_FLOOR")]
     pub sandbox_floor: Floor,
     /// The process is in its namespaces already
     #[arg(long, hide = true)]

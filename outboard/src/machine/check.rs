@@ -7,13 +7,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Backend, Machine, Program, size};
+use super::{Backend, Machine, Program, Stdio, size};
 use crate::usage;
 
 /// What a Linux kernel needs beside its own image and its initrd to reach its first process.
 const LEAST_MEMORY: u64 = 32 << 20;
 /// The VMM's own limit; saying it here names the machine file's key instead of the VMM's flag.
-const MOST_CPUS: u8 = 254;
+const MOST_CPUS: u8 = 64;
 /// The name becomes a directory, part of a socket's path (108 bytes in all), and a word in a table.
 const LONGEST_NAME: usize = 40;
 
@@ -45,8 +45,10 @@ pub fn machine(machine: &Machine) -> Result<()> {
             Backend::Socket(path) => socket(path, &device.name)?,
         }
     }
-    let terminals =
-        machine.devices.iter().filter(|device| matches!(&device.backend, Backend::Process(Program { terminal: true, .. })));
+    let terminals = machine
+        .devices
+        .iter()
+        .filter(|device| matches!(&device.backend, Backend::Process(Program { stdio: Stdio::Terminal, .. })));
     if terminals.count() > 1 {
         usage!("Only one console can have the terminal");
     }

@@ -14,6 +14,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use sandbox::{NetNamespace, Spawn};
 
+use crate::machine::Stdio;
 use crate::notices;
 
 /// A line longer than this is cut: a process that writes without line feeds must not fill our memory.
@@ -30,8 +31,8 @@ pub struct Order<'a> {
     pub args: Vec<OsString>,
     /// Descriptors, each with its number in the process.
     pub fds: Vec<(BorrowedFd<'a>, i32)>,
-    /// It gets our stdin and stdout.
-    pub terminal: bool,
+    /// What it gets of our stdin and stdout.
+    pub stdio: Stdio,
     /// The machine's empty network namespace.
     pub net: &'a NetNamespace,
 }
@@ -56,7 +57,11 @@ impl Process {
         fcntl_setfl(&reader, fcntl_getfl(&reader)? | OFlags::NONBLOCK).context("Cannot set up a pipe")?;
         let null = File::options().read(true).write(true).open("/dev/null").context("Cannot open /dev/null")?;
         let (stdin, stdout) = (std::io::stdin(), std::io::stdout());
-        let (input, output) = if order.terminal { (stdin.as_fd(), stdout.as_fd()) } else { (null.as_fd(), null.as_fd()) };
+        let (input, output) = match order.stdio {
+            Stdio::Terminal => (stdin.as_fd(), stdout.as_fd()),
+            Stdio::Output => (null.as_fd(), stdout.as_fd()),
+            Stdio::Nothing => (null.as_fd(), null.as_fd()),
+        };
         let child = sandbox::spawn(&Spawn {
             program: order.program,
             args: order.args,

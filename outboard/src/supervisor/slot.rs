@@ -16,7 +16,7 @@ use super::process::{Order, Process};
 use super::programs::Programs;
 use super::vmm::DeviceState;
 use crate::control::report;
-use crate::machine::{Backend, Class, Device, Machine, Program};
+use crate::machine::{Backend, Class, Device, Machine, Program, Stdio};
 
 /// The number under which a device process gets its connection.
 const CONNECTION: i32 = 3;
@@ -75,7 +75,7 @@ impl<'a> Slot<'a> {
                     program: &programs.path(program.name),
                     args: arguments(program, machine),
                     fds: vec![(theirs.as_fd(), CONNECTION)],
-                    terminal: program.terminal,
+                    stdio: program.stdio,
                     net,
                 };
                 self.process = Some(Process::start(order, &self.device.name, !self.served)?);
@@ -125,7 +125,7 @@ impl<'a> Slot<'a> {
 
     /// Does this process own the user's terminal?
     pub fn is_terminal(&self) -> bool {
-        matches!(&self.device.backend, Backend::Process(Program { terminal: true, .. }))
+        matches!(&self.device.backend, Backend::Process(Program { stdio: Stdio::Terminal, .. }))
     }
 
     /// For `ps`.

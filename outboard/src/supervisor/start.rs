@@ -21,7 +21,7 @@ use super::{Stage, Supervisor};
 use crate::args::{OnReboot, Run};
 use crate::control::Server;
 use crate::janitor::Janitor;
-use crate::machine::{Machine, Serial, check, file, flags};
+use crate::machine::{Machine, Serial, Stdio, check, file, flags};
 use crate::notices;
 use crate::runtime::{self, RuntimeDir};
 
@@ -126,8 +126,8 @@ fn start_vmm(
         args.extend(["--device".into(), slot.vmm_argument(number)]);
     }
     let program = programs.path(VMM);
-    let terminal = machine.serial == Serial::Stdio;
-    Process::start(Order { program: &program, args, fds, terminal, net }, "vmm", true)
+    let stdio = if machine.serial == Serial::Stdio { Stdio::Terminal } else { Stdio::Nothing };
+    Process::start(Order { program: &program, args, fds, stdio, net }, "vmm", true)
 }
 
 fn arguments(machine: &Machine) -> Vec<OsString> {

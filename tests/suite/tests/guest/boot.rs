@@ -1,6 +1,12 @@
 //! What a guest finds: processors, memory, devices, and the kernels it can be booted from.
 
-use super::machine::Plan;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, Stdio};
+
+use suite::{Scratch, program};
+
+use super::machine::{Plan, images};
 
 /// Lines that a healthy kernel does not write.
 pub(crate) const NO_TROUBLE: &str = "if dmesg | grep -v Speculative | grep -iE 'WARNING:|BUG:|Oops|Call Trace|I/O error|is not a head|unexpected|timed out'; then exit 9; fi";
@@ -54,4 +60,53 @@ fn an_ordinary_user_runs_a_machine() {
     let mut plan = Plan::run("id -u; ls /dev/vda /dev/hwrng");
     plan.user = Some(1000);
     plan.finish().passed();
+}
+
+/// The same as a machine file, said with flags; and a console on a pseudo-terminal, a serial port in a file, a table of who serves
+/// what, and a guest whose reboot is the end.
+#[test]
+fn flags_make_a_machine_as_well() {
+    let scratch = Scratch::new();
+    let (serial, script) = (scratch.path("serial.log"), scratch.path("script.img"));
+    let mut bytes = b"echo ask-me; read answer; test \"$answer\" = yes && echo well-answered; nproc; ls /dev/hwrng".to_vec();
+    bytes.resize(4096, 0);
+    fs::write(&script, bytes).unwrap();
+    let mut child = Command::new(program("outboard"))
+        .args(["run", "--announce", "--name", "by-flags", "--memory", "256M", "--cpus", "2", "--rng", "--console", "pty"])
+        .args(["--on-reboot", "exit", "--sandbox-floor", "linux-6.1"])
+        .arg("--kernel")
+        .arg(images().join("vmlinux"))
+        .arg("--initrd")
+        .arg(images().join("initrd.img"))
+        .args(["--cmdline", "console=ttyS0 console=hvc0 outboard.script=/dev/vda outboard.end=reboot"])
+        .arg("--disk")
+        .arg(format!("path={},format=raw,readonly,queues=2,serial=flags", script.display()))
+        .arg("--serial")
+        .arg(&serial)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let path = said.find(|line| line.starts_with("/dev/pts/")).unwrap();
+    let mut terminal = File::options().read(true).write(true).open(path).unwrap();
+    let mut shown = Vec::new();
+    let mut see = |terminal: &mut File, text: &str| {
+        let mut piece = [0; 4096];
+        while !String::from_utf8_lossy(&shown).contains(text) {
+            let count = terminal.read(&mut piece).unwrap();
+            shown.extend_from_slice(&piece[..count]);
+        }
+    };
+    see(&mut terminal, "ask-me");
+    terminal.write_all(b"yes\r").unwrap();
+    see(&mut terminal, "well-answered");
+    // The terminal is read to the end, or the guest would wait for it.
+    let reader = std::thread::spawn(move || terminal.read_to_end(&mut Vec::new()));
+    let table: Vec<String> = said.collect();
+    assert!(table.iter().any(|line| line.contains("outboard-console") && line.contains("connected")), "{table:?}");
+    assert_eq!(child.wait().unwrap().code(), Some(3), "the reboot was the end");
+    drop(reader);
+    let early = fs::read_to_string(&serial).unwrap();
+    assert!(early.contains("Linux version"), "the serial port has the kernel's first words: {early}");
 }

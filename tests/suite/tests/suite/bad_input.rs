@@ -138,6 +138,8 @@ fn errors_for_machines_are_json() {
 
 #[test]
 fn a_lower_floor_is_accepted_by_name() {
+    let wrong = run(Command::new(program("outboard-rng")).args(["--socket-path", "a"]).env("OUTBOARD_SANDBOX_FLOOR", "none"));
+    assert_eq!(wrong.code, Some(2), "the variable is read: {}", wrong.err);
     let scratch = Scratch::new();
     let server = Server::start("outboard-rng", &scratch, &["--sandbox-floor", "linux-5.15"]);
     assert_eq!(server.terminate(), Some(0));
