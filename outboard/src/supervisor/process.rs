@@ -126,12 +126,14 @@ pub struct Log {
     name: String,
     partial: Vec<u8>,
     held: Option<Vec<String>>,
+    /// The sentence with which a program of ours ends, kept for whoever tells of the end.
+    farewell: Option<String>,
 }
 
 impl Log {
     fn new(reader: OwnedFd, name: &str, hold: bool) -> Self {
         let held = if hold { Some(Vec::new()) } else { None };
-        Self { reader: Some(reader), name: name.to_owned(), partial: Vec::new(), held }
+        Self { reader: Some(reader), name: name.to_owned(), partial: Vec::new(), held, farewell: None }
     }
 
     /// What to wait for, until the process has closed its end.
@@ -163,14 +165,14 @@ impl Log {
 
     /// The process serves: from here on its lines are passed on.
     pub fn release(&mut self) {
-        for line in self.held.take().unwrap_or_default() {
+        for line in self.held.take().unwrap_or_default().into_iter().chain(self.farewell.take()) {
             self.pass(&line);
         }
     }
 
-    /// The last thing a process said that never served, without its own name in front.
+    /// The last thing a process said that never served, or the sentence it ended with, without its own name in front.
     pub fn last_words(&mut self) -> Option<String> {
-        let lines = self.held.take()?;
+        let lines = self.held.take().or_else(|| self.farewell.take().map(|line| vec![line]))?;
         // The command line parser ends its error with advice that would be of no use here.
         if let Some(error) = lines.iter().find_map(|line| line.strip_prefix("error: ")) {
             return Some(error.to_owned());
@@ -203,6 +205,11 @@ impl Log {
                 held.remove(0);
                 held.push(line);
             }
+            None if line.starts_with("outboard-") => {
+                if let Some(earlier) = self.farewell.replace(line) {
+                    self.pass(&earlier);
+                }
+            }
             None => self.pass(&line),
         }
     }
@@ -229,6 +236,16 @@ mod tests {
         log.read();
         assert!(log.source().is_none());
         assert_eq!(log.last_words().unwrap(), "Cannot open image /x: Permission denied (os error 13)");
+    }
+
+    #[test]
+    fn the_sentence_at_the_end_is_kept_for_who_tells_of_it() {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        let mut log = Log::new(reader, "vmm", true);
+        log.release();
+        File::from(writer).write_all(b"outboard-vmm: This machine's KVM cannot run this guest\n").unwrap();
+        log.read();
+        assert_eq!(log.last_words().unwrap(), "This machine's KVM cannot run this guest");
     }
 
     #[test]

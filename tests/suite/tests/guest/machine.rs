@@ -12,6 +12,12 @@ use suite::{Scratch, program};
 /// Everything takes longer where it is emulated, and longer still where the host is busy.
 const LIMIT: Duration = Duration::from_secs(240);
 
+/// Where on the disk with the command the mark lies that ends [`UNTIL_STOPPED`].
+const STOP_AT: usize = 4096;
+
+/// A shell's condition for a loop that runs until [`Machine::stop_loop`].
+pub(crate) const UNTIL_STOPPED: &str = "until dd if=/dev/vdb bs=4096 skip=1 count=1 iflag=direct status=none | grep -q stop";
+
 /// The kernel's folder, made by `cargo xtask guest`.
 pub(crate) fn images() -> PathBuf {
     let path = std::env::var_os("OUTBOARD_GUEST").map(PathBuf::from).unwrap_or_default();
@@ -92,7 +98,8 @@ impl Plan {
         let root = if self.disk { " root=/dev/vda outboard.overlay" } else { "" };
         let script = scratch.path("script.img");
         let mut bytes = self.command.clone().into_bytes();
-        bytes.resize(bytes.len().next_multiple_of(4096), 0);
+        assert!(bytes.len() <= STOP_AT, "the command fits before the mark");
+        bytes.resize(STOP_AT + 4096, 0);
         fs::write(&script, bytes).unwrap();
         let last = if self.disk { "vdb" } else { "vda" };
         let disk = format!("[disk.a-root]\npath = \"{}\"\nreadonly = true\n", images.join("root.img").display());
@@ -179,6 +186,12 @@ impl Machine {
             assert!(start.elapsed() < LIMIT, "the guest does not write {text:?}:\n{}\n{}", self.console(), self.err());
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Ends the guest's loop: the disk that its command came from says so.
+    pub(crate) fn stop_loop(&self) {
+        let disk = fs::File::options().write(true).open(self.scratch.path("script.img")).unwrap();
+        rustix::io::pwrite(&disk, b"stop", STOP_AT as u64).unwrap();
     }
 
     /// What `outboard ps --json` says of it.
