@@ -37,8 +37,6 @@ use crate::{Error, Result};
 
 mod memory;
 mod ring;
-#[cfg(test)]
-mod tests;
 
 use ring::Rings;
 
