@@ -27,7 +27,7 @@ pub(crate) struct Args {
 }
 
 /// A test takes up to two minutes where everything is emulated; a guest that hangs must not hold the result up for ever.
-const GUEST_TEST_LIMIT: Duration = Duration::from_secs(6 * 60);
+const GUEST_TEST_LIMIT: Duration = Duration::from_secs(5 * 60);
 
 /// How often a test is tried whose nested machine fails.
 const ATTEMPTS: u32 = 4;
@@ -131,8 +131,8 @@ fn suite_tests() -> Result<Vec<String>> {
 /// Each test in a nested machine of its own, which starts from its snapshot in a second or two.
 ///
 /// The emulated processor is not perfect: now and then, after minutes of running guests, the nested machine's own kernel fails in
-/// its interrupt entry, under QEMU's guests as under ours. That says nothing about the test, so it is tried again; a test that
-/// fails by itself is not.
+/// its interrupt entry or gets stuck, under QEMU's guests as under ours. That says nothing about the test, so it is tried again; a
+/// test that fails by itself is not.
 fn in_nested(guests: &[(&str, PathBuf)], programs: &Path, options: &[String]) -> Result<()> {
     let (mut passed, mut failed) = (0, Vec::new());
     for (name, program) in guests {

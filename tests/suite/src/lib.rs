@@ -120,12 +120,15 @@ impl Drop for Server {
 /// Asks again and again until there is an answer, for a generous while.
 pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
+    let mut pause = Duration::from_millis(2);
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(start.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(5));
+        assert!(start.elapsed() < Duration::from_secs(180), "waited in vain for {what}");
+        std::thread::sleep(pause);
+        // Asking costs the guest time where there is one processor for all.
+        pause = (pause * 2).min(Duration::from_millis(250));
     }
 }
 

@@ -27,6 +27,8 @@ const RUN_DISK_MEGABYTES: u64 = 8192;
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// What the machine needs beside the command: restoring, mounting, powering off.
 const OVERHEAD: Duration = Duration::from_secs(60);
+/// It gives a sign of life every 5 s. Its emulated processor sometimes gets stuck for ever.
+const SILENCE: Duration = Duration::from_secs(60);
 /// The status that `timeout` gives, for a command that ran too long.
 const TIMED_OUT: u8 = 124;
 /// The kernel's own noise is kept short; a panic ends the machine; the clock of an emulated processor is good enough.
@@ -151,7 +153,7 @@ impl Machine {
             stream.write_all(order.as_bytes())?;
             Ok(stream) // open until the machine ends: its closing would read as an end of file there
         });
-        let ended = wait(&mut child, began + job.limit + OVERHEAD + BOOT_LIMIT)?;
+        let ended = wait(&mut child, began + job.limit + OVERHEAD + BOOT_LIMIT, &self.console)?;
         drop(terminal);
         self.unblock();
         drop(give.join());
@@ -168,7 +170,7 @@ impl Machine {
                 self.show_failure(&mut child);
                 match ended {
                     true => bail!("The nested machine ended without a result"),
-                    false => bail!("The nested machine did not end in time"),
+                    false => bail!("The nested machine hung"),
                 }
             }
         }
@@ -186,7 +188,7 @@ impl Machine {
     }
 
     fn show_failure(&self, child: &mut Child) {
-        let mut text = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned();
+        let mut text = String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).replace("nested: alive", "");
         if let Some(mut errors) = child.stderr.take() {
             drop(errors.read_to_string(&mut text));
         }
@@ -247,11 +249,18 @@ fn pump<W: Write + Send + 'static>(listener: UnixListener, mut to: W) -> JoinHan
     })
 }
 
-/// Waits for QEMU; kills it at the deadline. Did it end by itself?
-fn wait(child: &mut Child, deadline: Instant) -> Result<bool> {
+/// Waits for QEMU; kills it at the deadline, or when the machine says nothing any more. Did it end by itself?
+fn wait(child: &mut Child, deadline: Instant, console: &Path) -> Result<bool> {
+    let (mut said, mut heard) = (0, Instant::now());
     while Instant::now() < deadline {
         if child.try_wait().context("Cannot wait for QEMU")?.is_some() {
             return Ok(true);
+        }
+        let length = fs::metadata(console).map_or(0, |file| file.len());
+        if length != said {
+            (said, heard) = (length, Instant::now());
+        } else if said > 0 && heard.elapsed() > SILENCE {
+            break;
         }
         thread::sleep(Duration::from_millis(20));
     }

@@ -184,7 +184,7 @@ impl Machine {
             let ended = self.child.try_wait().unwrap();
             assert!(ended.is_none(), "the machine ended before it wrote {text:?}: {ended:?}\n{}\n{}", self.console(), self.err());
             assert!(start.elapsed() < LIMIT, "the guest does not write {text:?}:\n{}\n{}", self.console(), self.err());
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(250));
         }
     }
 
@@ -229,7 +229,7 @@ impl Machine {
                 return Ended { status, console: self.console(), err: self.err() };
             }
             assert!(start.elapsed() < LIMIT, "the machine does not end:\n{}\n{}", self.console(), self.err());
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 }
