@@ -4,10 +4,10 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
 
-use suite::Scratch;
+use suite::{Scratch, Server};
 
 use super::boot::NO_TROUBLE;
-use super::machine::Plan;
+use super::machine::{Machine, Plan, UNTIL_STOPPED};
 
 /// A process that is ended with the test.
 struct Process(Child);
@@ -52,4 +52,28 @@ fn a_backend_that_is_silent_is_named() {
     assert_eq!(ended.status.code(), Some(1), "{}", ended.tell());
     assert!(ended.err.contains("deaf"), "{}", ended.err);
     assert_eq!(ended.err.trim().lines().count(), 1, "{}", ended.err);
+}
+
+/// A device the VMM knows nothing of but its virtio id, served by a process that nobody of this machine has started; it is
+/// killed, and comes back on the same path.
+#[test]
+fn any_virtio_id_can_be_plugged_in_and_comes_back() {
+    let scratch = Scratch::new();
+    let server = Server::start("outboard-rng", &scratch, &[]);
+    let section = format!("[device.generic]\nid = 4\nqueues = 1\nsocket = \"{}\"\n", server.socket.display());
+    let command = format!(
+        "set -e; cat /sys/bus/virtio/devices/*/device; test $(cat /sys/bus/virtio/devices/*/device | grep -c 0x0004) = 2\n\
+         echo virtio_rng.1 >/sys/class/misc/hw_random/rng_current\n\
+         {UNTIL_STOPPED}; do dd if=/dev/hwrng bs=64 count=1 status=none | od -An -tx1 -N8; echo pass-done; sleep 0.2; done"
+    );
+    let mut machine = Plan::run(&command.replace("/dev/vdb", "/dev/vda")).section(&section).start();
+    machine.wait_for("pass-done");
+    let passes = |machine: &Machine| machine.console().matches("pass-done").count();
+    drop(server);
+    fs::remove_file(scratch.path("outboard-rng.sock")).unwrap();
+    let _successor = Server::start("outboard-rng", &scratch, &[]);
+    let before = passes(&machine);
+    suite::wait_for("the guest to go on", || (passes(&machine) > before + 5).then_some(()));
+    machine.stop_loop();
+    machine.finish().passed();
 }
