@@ -34,6 +34,16 @@ fn namespaces(pid: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// A process that refuses to be traced shows its namespaces, mounts and descriptors to root alone. The guest suite looks at them
+/// as root in any case.
+fn can_look() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("Namespaces, mounts and descriptors are looked at by root only.");
+    }
+    root
+}
+
 #[test]
 fn every_process_is_confined() {
     let scratch = Scratch::new();
@@ -49,6 +59,12 @@ fn every_process_is_confined() {
             assert!(seccomp.ends_with('2'), "each thread has its filter: {seccomp}");
         }
         assert_eq!(status(pid, "NSpid").split_whitespace().last(), Some("1"), "it is alone in its PID namespace");
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let core = limits.lines().find(|line| line.starts_with("Max core")).unwrap();
+        assert!(core.contains(" 0 "), "{core}");
+        if !can_look() {
+            continue;
+        }
         let (own, ours) = (namespaces(&pid.to_string()), namespaces("self"));
         for (inside, outside) in own.iter().zip(&ours) {
             assert_ne!(inside, outside);
@@ -58,9 +74,6 @@ fn every_process_is_confined() {
         assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
         let root = fs::read_dir(format!("/proc/{pid}/root/"));
         assert!(root.is_err() || root.unwrap().count() == 0, "nothing is in it");
-        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-        let core = limits.lines().find(|line| line.starts_with("Max core")).unwrap();
-        assert!(core.contains(" 0 "), "{core}");
     }
 }
 
@@ -69,6 +82,9 @@ fn every_process_holds_only_what_it_needs() {
     let scratch = Scratch::new();
     for (server, allowed) in servers(&scratch) {
         let pid = server.worker();
+        if !can_look() {
+            continue;
+        }
         let mut seen = BTreeSet::new();
         for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
             let target = fs::read_link(fd.path()).unwrap().display().to_string();
