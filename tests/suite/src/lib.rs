@@ -132,6 +132,12 @@ pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Opens a pseudo-terminal, without it becoming this session's own: its hang-up would be the test's end.
+pub fn open_terminal(path: &str) -> std::fs::File {
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).expect("the terminal can be opened").into()
+}
+
 /// What a program said and how it ended, with a limit of time.
 #[derive(Debug)]
 pub struct Ended {

@@ -89,7 +89,7 @@ fn flags_make_a_machine_as_well() {
         .unwrap();
     let mut said = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     let path = said.find(|line| line.starts_with("/dev/pts/")).unwrap();
-    let mut terminal = File::options().read(true).write(true).open(path).unwrap();
+    let mut terminal = suite::open_terminal(&path);
     let mut shown = Vec::new();
     let mut see = |terminal: &mut File, text: &str| {
         let mut piece = [0; 4096];

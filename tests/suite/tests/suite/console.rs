@@ -130,7 +130,7 @@ fn a_pseudo_terminal_is_made_and_named() {
     let mut child = start_with(&["--pty"], theirs.into(), Stdio::null(), Stdio::piped(), &scratch);
     let mut path = String::new();
     BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut path).unwrap();
-    let mut terminal = File::options().read(true).write(true).open(path.trim()).unwrap();
+    let mut terminal = suite::open_terminal(path.trim());
     let mut guest = Guest::new(ours);
     guest.say(b"login: ");
     assert_eq!(read_some(&mut terminal, 7), b"login: ");
