@@ -73,8 +73,8 @@ pub struct Flags {
     /// The number of processors [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
-    /// A disk: path=PATH[,format=raw][,readonly][,queues=N][,serial=TEXT]
-    #[arg(long, value_name = "DISK")]
+    /// A disk: `path=PATH` and more, see `--help`
+    #[arg(help = "A disk: path=PATH[,format=raw][,readonly][,queues=N][,serial=TEXT]", long, value_name = "DISK")]
     pub disk: Vec<String>,
     /// A source of random numbers
     #[arg(long)]
@@ -82,8 +82,12 @@ pub struct Flags {
     /// A console: terminal, pty, file=PATH or socket=PATH
     #[arg(long, value_name = "CONSOLE")]
     pub console: Vec<String>,
-    /// Somebody else's backend: NAME,class=CLASS,socket=PATH[,queues=N] or NAME,id=VIRTIO-ID,queues=N,socket=PATH
-    #[arg(long, value_name = "DEVICE")]
+    /// Somebody else's backend, see `--help`
+    #[arg(
+        help = "Somebody else's backend: NAME,class=CLASS,socket=PATH[,queues=N] or NAME,id=VIRTIO-ID,queues=N,socket=PATH",
+        long,
+        value_name = "DEVICE"
+    )]
     pub device: Vec<String>,
     /// The serial port: none, stdio or a file's path [default: none]
     #[arg(long, value_name = "WHERE")]

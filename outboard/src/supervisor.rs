@@ -1,6 +1,6 @@
 //! `outboard run`: starts the processes of a machine and keeps them alive until the VMM has ended.
 //!
-//! Everything happens in one loop on one thread ([`Supervisor::run`]): it waits for signals, for the VMM's events, for the end
+//! Everything happens in one loop on one thread (`Supervisor::run`): it waits for signals, for the VMM's events, for the end
 //! and the words of each process, for clients of the control socket, and for the next moment at which something is due.
 
 pub mod ending;

@@ -3,7 +3,7 @@
 //! # Theory of operation
 //!
 //! [`main`] is the whole `main` of a program. It parses the arguments, and if the process is not yet in namespaces of its own,
-//! starts itself again inside of them and stays behind as a small waiting parent ([`parent`]). In the namespaces it
+//! starts itself again inside of them and stays behind as a small waiting parent (`parent.rs`). In the namespaces it
 //! calls the program with a [`Startup`]. The order is in the types:
 //!
 //! ```text
