@@ -25,7 +25,7 @@ fn twenty_kills_of_a_disk_under_fio() {
     let section = format!("[disk.c-fio]\npath = \"{}\"\nqueues = 2\n", image.display());
     let command = format!(
         "set -e; {UNTIL_STOPPED}; do fio --name=storm --filename=/dev/vdc --direct=1 --rw=randwrite --bs=4k --iodepth=16 --ioengine=libaio \
-         --size=8M --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/tmp/log || {{ cat /tmp/log; exit 8; }}; \
+         --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 --output=/tmp/log || {{ cat /tmp/log; exit 8; }}; \
          grep -q 'err= 0' /tmp/log; echo pass-done; done; {NO_TROUBLE}"
     );
     let mut machine = Plan::run(&command).with_disk().section(&section).start();
@@ -34,7 +34,7 @@ fn twenty_kills_of_a_disk_under_fio() {
     for round in 1..=20 {
         kill(&machine, "c-fio");
         assert!(!machine.console().contains("outboard-run"), "fio failed after kill {round}:\n{}", machine.console());
-        sleep(Duration::from_millis(200 + random.below(1200)));
+        sleep(Duration::from_millis(100 + random.below(900)));
     }
     let disk = machine.processes().into_iter().find(|process| process["role"] == "c-fio").unwrap();
     assert_eq!(disk["restarts"], 20);
