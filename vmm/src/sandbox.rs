@@ -72,6 +72,7 @@ const REGISTERS: &[Rule] = &[
 /// Less than [`RUNTIME`]: a processor's thread closes nothing and never ends before the process.
 const CPU: &[Rule] = &[
     allow(libc::SYS_futex, "the gate, and the locks of devices"),
+    allow(libc::SYS_sched_yield, "a thread's start is told through a channel, which gives way"),
     allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "the allocator"),
     allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "the allocator's arena of this thread"),
     allow(libc::SYS_munmap, "the allocator"),

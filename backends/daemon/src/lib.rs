@@ -37,6 +37,7 @@ pub mod rules {
     /// What the Rust runtime does by itself in any thread.
     pub const RUNTIME: &[Rule] = &[
         allow(libc::SYS_futex, "locks, channels and the end of threads"),
+        allow(libc::SYS_sched_yield, "a channel gives way while its other end is in the middle of a step"),
         allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "the allocator's large blocks; guest memory in the control thread"),
         allow(libc::SYS_munmap, "the allocator; guest memory that is given up"),
         allow(libc::SYS_mremap, "the allocator grows a large block"),

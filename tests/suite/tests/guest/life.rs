@@ -46,7 +46,7 @@ fn a_reboot_keeps_every_process() {
     let before = pids(&machine);
     let boots = |machine: &Machine| machine.console().matches("outboard-run: exit 0").count();
     suite::wait_for("three boots", || (boots(&machine) >= 3).then_some(()));
-    assert_eq!(pids(&machine), before);
+    assert_eq!(pids(&machine), before, "{}", machine.err());
     assert!(machine.processes().iter().all(|process| process["restarts"] == 0), "{:?}", machine.processes());
 }
 

@@ -173,7 +173,8 @@ impl Machine {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    fn err(&self) -> String {
+    /// What `outboard run` has said.
+    pub(crate) fn err(&self) -> String {
         fs::read_to_string(self.scratch.path("err")).unwrap_or_default()
     }
 
