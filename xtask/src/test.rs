@@ -131,18 +131,26 @@ fn suite_tests() -> Result<Vec<String>> {
 /// Each test in a nested machine of its own, which starts from its snapshot in a second or two.
 ///
 /// The emulated processor is not perfect: now and then, after minutes of running guests, the nested machine's own kernel fails in
-/// its interrupt entry or gets stuck, under QEMU's guests as under ours. That says nothing about the test, so it is tried again; a
-/// test that fails by itself is not.
+/// its interrupt entry or gets stuck, under QEMU's guests as under ours. That says nothing about the test, so it is tried again. The
+/// same fault can hit the guest inside instead, so a test that fails is run once more, and is named in the end if it passes then:
+/// look at its first output before believing that it was the processor.
 fn in_nested(guests: &[(&str, PathBuf)], programs: &Path, options: &[String]) -> Result<()> {
-    let (mut passed, mut failed) = (0, Vec::new());
+    let (mut passed, mut failed, mut unsteady) = (0, Vec::new(), Vec::new());
     for (name, program) in guests {
         for test in tests_of(program, options)? {
-            match one_in_nested(name, program, programs, &test)? {
+            let mut status = one_in_nested(name, program, programs, &test)?;
+            if status != 0 {
+                say::line(&format!("{test} failed; once more, in case the emulated processor was at fault."));
+                status = one_in_nested(name, program, programs, &test)?;
+                unsteady.extend((status == 0).then(|| format!("{name}: {test}")));
+            }
+            match status {
                 0 => passed += 1,
                 _ => failed.push(format!("{name}: {test}")),
             }
         }
     }
+    unsteady.iter().for_each(|test| say::line(&format!("UNSTEADY (failed once, then passed)  {test}")));
     failed.iter().for_each(|test| say::line(&format!("FAILED  {test}")));
     say::line(&format!("guest: {passed} passed, {} failed", failed.len()));
     if failed.is_empty() { Ok(()) } else { bail!("{} guest tests failed", failed.len()) }
