@@ -119,6 +119,15 @@ pub struct Program {
     pub needs: Option<PathBuf>,
 }
 
+impl Program {
+    /// A console whose user has left: it takes what the guest says, and shows it nowhere.
+    #[must_use]
+    pub fn without_terminal(&self) -> Self {
+        let args = vec!["--file".into(), "/dev/null".into()];
+        Self { name: self.name, args, stdio: Stdio::Nothing, needs: None }
+    }
+}
+
 /// A disk, before it becomes a device.
 #[derive(Debug)]
 pub struct Disk {

@@ -267,6 +267,9 @@ impl Supervisor<'_> {
                 "outboard: You have left the console; the guest has {} s to power off.",
                 POWER_OFF_LIMIT.as_secs()
             ));
+            if let Some(slot) = self.slots.get_mut(index) {
+                slot.leave_terminal();
+            }
             return self.press_power_button(Some(POWER_OFF_LIMIT));
         }
         let Some(slot) = self.slots.get_mut(index) else {

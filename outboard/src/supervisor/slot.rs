@@ -40,6 +40,8 @@ pub struct Slot<'a> {
     pub retry_at: Option<Instant>,
     /// When a stuck process is to be killed.
     pub kill_at: Option<Instant>,
+    /// The user has left the terminal that this process had.
+    left: bool,
     backoff: Backoff,
     began: Instant,
 }
@@ -55,6 +57,7 @@ impl<'a> Slot<'a> {
             restarts: 0,
             retry_at: None,
             kill_at: None,
+            left: false,
             backoff: Backoff::default(),
             began: Instant::now(),
         }
@@ -71,6 +74,8 @@ impl<'a> Slot<'a> {
             Backend::Process(program) => {
                 let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                     .context("Cannot make a connection")?;
+                let away = self.left.then(|| program.without_terminal());
+                let program = away.as_ref().unwrap_or(program);
                 let order = Order {
                     program: &programs.path(program.name),
                     args: arguments(program, machine),
@@ -123,9 +128,16 @@ impl<'a> Slot<'a> {
         [self.retry_at, self.kill_at].into_iter().flatten().min()
     }
 
+    /// The user has left the terminal. Somebody has to take what the guest still says: Linux waits for its console, also on its way
+    /// to power off.
+    pub fn leave_terminal(&mut self) {
+        self.left = true;
+        self.schedule();
+    }
+
     /// Does this process own the user's terminal?
     pub fn is_terminal(&self) -> bool {
-        matches!(&self.device.backend, Backend::Process(Program { stdio: Stdio::Terminal, .. }))
+        !self.left && matches!(&self.device.backend, Backend::Process(Program { stdio: Stdio::Terminal, .. }))
     }
 
     /// For `ps`.
