@@ -66,6 +66,18 @@ impl Filter {
         Ok(Filter(BpfProgram::try_from(filter).map_err(Error::Rules)?))
     }
 
+    /// The other way round: all is allowed but these. For a process that starts others, which inherit its filter and need
+    /// what they need.
+    ///
+    /// # Errors
+    /// As [`Filter::new`].
+    pub fn forbidding(syscalls: &[i64]) -> Result<Filter> {
+        let rules: BTreeMap<i64, Vec<SeccompRule>> = syscalls.iter().map(|syscall| (*syscall, Vec::new())).collect();
+        let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(Error::Rules)?;
+        let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::KillProcess, arch).map_err(Error::Rules)?;
+        Ok(Filter(BpfProgram::try_from(filter).map_err(Error::Rules)?))
+    }
+
     /// Puts the calling thread, and all it will start, under this filter, for ever.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result};
 use rustix::process::getpid;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
-use sandbox::NetNamespace;
+use sandbox::{Filter, NetNamespace};
 
 use super::ending::{End, Wanted};
 use super::process::{Order, Process};
@@ -27,6 +27,36 @@ use crate::runtime::{self, RuntimeDir};
 
 /// The first number of the descriptors the VMM inherits.
 const FIRST: i32 = 3;
+
+/// What neither the composer nor anything it starts ever calls. Its filter is inherited by all of them, and they need the calls by
+/// which a process confines itself, so it names what is forbidden; each process puts its own list of what is allowed on top.
+const NEVER: &[i64] = &[
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_kcmp,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_name_to_handle_at,
+];
 
 /// The command.
 pub fn run(args: &Run) -> Result<u8> {
@@ -158,10 +188,11 @@ fn serial_file(machine: &Machine) -> Result<Option<File>> {
 }
 
 /// What only root has, and a composer does not need: its children make their own namespaces inside the machine's, as any user
-/// may. Only the machine's own had to be made before, because mapping root takes a capability. There is no system call filter:
-/// filters are inherited, so it would have to allow whatever any program of the machine needs before it installs its own.
+/// may. Only the machine's own had to be made before, because mapping root takes a capability.
+/// The filter of system calls names what is forbidden, see [`NEVER`].
 fn give_up() -> Result<()> {
     set_no_new_privs(true).context("Cannot give up new privileges")?;
+    Filter::forbidding(NEVER)?.install().context("Cannot install the filter of system calls")?;
     let none = CapabilitySet::empty();
     let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
     set_capabilities(Some(getpid()), sets).context("Cannot drop capabilities")

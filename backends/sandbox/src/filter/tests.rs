@@ -32,10 +32,11 @@ const RULES: &[Rule] = &[
 #[test]
 fn the_part() {
     let Ok(part) = std::env::var(PART) else { return };
-    Filter::new(&[RULES]).unwrap().install().unwrap();
+    let filter = if part.starts_with("forbid-") { Filter::forbidding(&[libc::SYS_getuid]) } else { Filter::new(&[RULES]) };
+    filter.unwrap().install().unwrap();
     match part.as_str() {
-        "allowed" => drop(rustix::process::getppid()),
-        "forbidden" => drop(rustix::process::getuid()),
+        "allowed" | "forbid-other" => drop(rustix::process::getppid()),
+        "forbidden" | "forbid-this" => drop(rustix::process::getuid()),
         "one" => drop(rustix::process::getpriority_pgrp(None)),
         "another" => drop(rustix::process::getpriority_user(rustix::process::Uid::ROOT)),
         "neither" => drop(rustix::process::getpriority_process(None)),
@@ -51,6 +52,12 @@ fn what_is_named_is_allowed_and_the_rest_ends_the_process() {
     assert_eq!(play("another").code(), Some(7));
     assert_eq!(play("forbidden").signal(), Some(libc::SIGSYS));
     assert_eq!(play("neither").signal(), Some(libc::SIGSYS));
+}
+
+#[test]
+fn what_is_forbidden_ends_the_process_and_the_rest_is_allowed() {
+    assert_eq!(play("forbid-other").code(), Some(7));
+    assert_eq!(play("forbid-this").signal(), Some(libc::SIGSYS));
 }
 
 #[test]

@@ -50,6 +50,7 @@ fn every_process_of_a_machine_is_confined() {
     assert_eq!(pid_namespaces.len(), 5, "each is alone");
     let composer = u32::try_from(machine.id()).unwrap();
     assert_eq!(status(composer, "NoNewPrivs"), "1");
+    assert_eq!(status(composer, "Seccomp"), "2");
     assert_eq!(status(composer, "CapEff"), "0000000000000000");
     // KVM has a thread of its own in each machine's process.
     let tasks = fs::read_dir(format!("/proc/{}/task", machine.pid("vmm"))).unwrap().flatten();
