@@ -1,12 +1,16 @@
 //! The ends of a machine, each told apart, and what is left behind: nothing.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
+
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::machine::{Machine, Plan};
+use super::machine::{Machine, Plan, images};
 
 fn pids(machine: &Machine) -> Vec<i32> {
     ["vmm", "b-script", "entropy", "main"].iter().map(|role| machine.pid(role)).collect()
@@ -107,4 +111,38 @@ fn a_stopped_device_does_not_stop_the_guest() {
     std::thread::sleep(Duration::from_secs(3));
     assert!(machine.console().matches("tick-").count() > last, "the guest goes on");
     kill_process(pid, Signal::CONT).unwrap();
+}
+
+/// Who leaves the console gets the terminal back, and the guest, whose console still has to be taken, powers off.
+#[test]
+fn leaving_the_console_lets_the_guest_power_off() {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let slave = suite::open_terminal(ptsname(&master, Vec::new()).unwrap().to_str().unwrap());
+    let mut child = Command::new(suite::program("outboard"))
+        .args(["run", "--memory", "256M", "--console", "terminal", "--cmdline", "console=hvc0 quiet"])
+        .arg("--kernel")
+        .arg(images().join("vmlinux"))
+        .arg("--initrd")
+        .arg(images().join("initrd.img"))
+        .stdin(Stdio::from(slave.try_clone().unwrap()))
+        .stdout(Stdio::from(slave.try_clone().unwrap()))
+        .stderr(Stdio::from(slave.try_clone().unwrap()))
+        .spawn()
+        .unwrap();
+    let (mut person, mut shown) = (File::from(master), Vec::new());
+    let mut piece = [0; 4096];
+    while !String::from_utf8_lossy(&shown).contains("You are root") {
+        let count = person.read(&mut piece).unwrap();
+        shown.extend_from_slice(&piece[..count]);
+    }
+    person.write_all(b"\x1dq").unwrap();
+    // Somebody reads the terminal to the end, as its window does.
+    let mut reader = person.try_clone().unwrap();
+    std::thread::spawn(move || while reader.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {});
+    let status = suite::wait_for("the power-off", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(0), "within its time, not after it");
+    let modes = rustix::termios::tcgetattr(&slave).unwrap().local_modes;
+    assert!(modes.contains(rustix::termios::LocalModes::ICANON), "the terminal is put back");
 }
