@@ -45,6 +45,15 @@ pub struct RegionEntry {
 }
 
 impl RegionEntry {
+    /// As the body of the requests about one region: padding, then the region.
+    fn single(&self) -> [u8; 40] {
+        let mut body = [0; 40];
+        if let Some(rest) = body.get_mut(8..) {
+            rest.copy_from_slice(&self.bytes());
+        }
+        body
+    }
+
     fn bytes(&self) -> [u8; 32] {
         let mut out = [0; 32];
         let words = [self.guest_addr, self.size, self.user_addr, self.offset];
@@ -148,20 +157,12 @@ impl Frontend {
 
     /// Adds one memory region (needs `CONFIGURE_MEM_SLOTS`).
     pub fn add_memory_region(&self, region: &RegionEntry, fd: BorrowedFd<'_>) -> Result<()> {
-        let mut body = [0; 40];
-        if let Some(rest) = body.get_mut(8..) {
-            rest.copy_from_slice(&region.bytes());
-        }
-        self.tell(FrontendReq::ADD_MEM_REG, &body, &[fd])
+        self.tell(FrontendReq::ADD_MEM_REG, &region.single(), &[fd])
     }
 
     /// Takes one memory region away (needs `CONFIGURE_MEM_SLOTS`).
     pub fn remove_memory_region(&self, region: &RegionEntry) -> Result<()> {
-        let mut body = [0; 40];
-        if let Some(rest) = body.get_mut(8..) {
-            rest.copy_from_slice(&region.bytes());
-        }
-        self.tell(FrontendReq::REM_MEM_REG, &body, &[])
+        self.tell(FrontendReq::REM_MEM_REG, &region.single(), &[])
     }
 
     /// Sets the number of descriptors of a ring.

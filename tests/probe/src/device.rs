@@ -73,21 +73,13 @@ impl Device {
         Ok(Device { session, memory, rings, features })
     }
 
-    /// Starts the rings.
+    /// Starts the rings, also again after [`Session::stop`]: at where they were, as a guest does that comes out of sleep.
     ///
     /// # Errors
     /// What the backend refuses.
     pub fn start(&mut self) -> Result<()> {
         let places: Vec<_> = self.rings.iter().map(Ring::place).collect();
         self.session.start(self.features, &places).context("Cannot start the device")
-    }
-
-    /// Starts the rings again after [`Session::stop`]: at where they were, as a guest does that comes out of sleep.
-    ///
-    /// # Errors
-    /// What the backend refuses.
-    pub fn restart(&mut self) -> Result<()> {
-        self.start()
     }
 
     /// Continues with a successor of the backend that died.

@@ -123,7 +123,7 @@ fn a_ring_can_be_disabled_and_enabled_and_loses_nothing() {
         assert!(device.submit(0, &[Buffer { addr: at, len: 32, write: true }]).is_some());
         device.kick(0);
         assert!(device.completion(0).unwrap().is_none(), "a stopped ring is not served");
-        device.restart().unwrap();
+        device.start().unwrap();
         let used = wait_for("the request that waited", || device.completion(0).unwrap());
         assert_eq!(used.len, 32);
     }
