@@ -87,7 +87,8 @@ mod tests {
         assert_eq!(arrows["sandbox"], set(&[]));
         assert_eq!(arrows["vhost-user"], set(&["virtio"]));
         assert_eq!(arrows["daemon"], set(&["sandbox"]));
-        for (name, needs) in &arrows {
+        // The fuzzer reaches the parsers of all processes from inside, without a socket.
+        for (name, needs) in arrows.iter().filter(|(name, _)| *name != "fuzz") {
             let processes: Vec<_> = needs.iter().filter(|need| PROCESSES.contains(&need.as_str())).collect();
             assert!(processes.is_empty(), "{name} depends on the process {processes:?}: they meet on sockets");
         }

@@ -30,7 +30,7 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 
 /// The task.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    host::prepare(&host::Wanted { images: true })?;
+    host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let qemu = nested::tools::qemu(&Packages::default())?;
     let programs = build::programs(true)?;
     let dir = nested::fresh_dir(&cache::dir()?)?;

@@ -30,7 +30,7 @@ const SCRIPT_LIMIT: Duration = Duration::from_secs(300);
 pub(crate) fn run(args: &Args) -> Result<()> {
     let kvm = host::kvm();
     announce(&kvm)?;
-    host::prepare(&host::Wanted { images: true })?;
+    host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let images = guest::prepare()?;
     if matches!(kvm, Kvm::Nested(_)) {
         nested::prepare()?;

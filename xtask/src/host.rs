@@ -15,6 +15,8 @@ use crate::say;
 pub(crate) struct Wanted {
     /// Tools that make file systems and take packages apart.
     pub(crate) images: bool,
+    /// A C++ compiler: libFuzzer is written in it.
+    pub(crate) cxx: bool,
 }
 
 /// A program and the Debian package that brings it. All but the compiler belong to every Debian system, except in
@@ -32,8 +34,9 @@ const PROGRAMS: &[(&str, &str)] = &[
 /// Checks that the host has what is wanted; as root, installs what is missing.
 pub(crate) fn prepare(wanted: &Wanted) -> Result<()> {
     let programs = if wanted.images { PROGRAMS } else { &PROGRAMS[..1] };
+    let cxx: &[_] = if wanted.cxx { &[("c++", "g++")] } else { &[] };
     let mut missing: Vec<&str> = Vec::new();
-    for (program, package) in programs {
+    for (program, package) in programs.iter().chain(cxx) {
         if !is_there(program) && !missing.contains(package) {
             missing.push(package);
         }

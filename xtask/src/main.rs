@@ -14,6 +14,7 @@ mod ci;
 mod cpio;
 mod debian;
 mod demo;
+mod fuzz;
 mod guest;
 mod host;
 mod nested;
@@ -43,6 +44,8 @@ enum Task {
     Ci,
     /// Compare our disk server with QEMU's, in one run
     Bench(bench::Args),
+    /// Fuzz everything that reads an attacker's bytes, and keep what was found
+    Fuzz(fuzz::Args),
     /// Make the guest images (kernel, initrd, root disk) and print where they are
     Guest,
     /// Run a command in an emulated machine that has a working KVM
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Ci => ci::run(),
         Task::Bench(args) => bench::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Guest => guest_task(),
         Task::Nested(args) => return nested::run(&args),
     };
@@ -68,7 +72,7 @@ fn main() -> ExitCode {
 }
 
 fn guest_task() -> Result<()> {
-    host::prepare(&host::Wanted { images: true })?;
+    host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let images = guest::prepare()?;
     for file in ["vmlinuz", "vmlinux", "initrd.img", "root.img"] {
         println!("{}", images.join(file).display());

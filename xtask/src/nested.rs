@@ -143,7 +143,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 fn job(args: &Args) -> Result<Job> {
-    host::prepare(&host::Wanted { images: true })?;
+    host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let programs = if args.no_build { None } else { Some(build::programs(args.release)?) };
     let words: Vec<String> = args.command.iter().map(|word| quote(word)).collect();
     let mut job = Job::new(format!("exec {}\n", words.join(" ")), programs.as_deref())?;

@@ -36,7 +36,7 @@ const ATTEMPTS: u32 = 4;
 pub(crate) fn run(args: &Args) -> Result<()> {
     let kvm = host::kvm();
     announce(&kvm)?;
-    host::prepare(&host::Wanted { images: true })?;
+    host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let programs = build::programs(false)?;
     let suite = build::test_program("tests/suite", "guest")?;
     // On the host's own KVM these run among the other tests.

@@ -1,0 +1,4 @@
+//! See `fuzz::targets::frontend_messages`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("frontend_messages", data));

@@ -1,0 +1,4 @@
+//! See `fuzz::targets::inflight`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("inflight", data));

@@ -1,0 +1,4 @@
+//! See `fuzz::targets::machine_file`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("machine_file", data));

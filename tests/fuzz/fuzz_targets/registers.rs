@@ -1,0 +1,4 @@
+//! See `fuzz::targets::registers`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("registers", data));
