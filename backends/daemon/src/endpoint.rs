@@ -4,10 +4,10 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::FileType;
+use rustix::fs::{CWD, FileType, RenameFlags};
 use rustix::net::sockopt;
 
 use crate::args::Socket;
@@ -52,17 +52,40 @@ fn from_fd(fd: OwnedFd) -> Result<Endpoint> {
 
 /// Listens on a unix socket at `path`. A socket that a dead process has left there is replaced.
 ///
+/// The path appears when a connection can be made, not before: whoever waits for it need not try again. So the socket is made under
+/// another name and moved.
+///
 /// # Errors
 /// When there is a file that is no socket, another process listens, or the path cannot be used.
 pub fn listen(path: &Path) -> Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            remove_stale(path)?;
-            UnixListener::bind(path)
+    let aside = aside(path);
+    // The second was left by a process that died in the middle of this function.
+    for name in [path, &aside] {
+        if name.symlink_metadata().is_ok() {
+            remove_stale(name)?;
         }
-        other => other,
+    }
+    let listener = match UnixListener::bind(&aside) {
+        Ok(listener) => appear(&aside, path).map(|()| listener),
+        // The other name may be the longer one, and too long for a socket.
+        Err(error) if error.kind() == ErrorKind::InvalidInput => UnixListener::bind(path),
+        Err(error) => Err(error),
     };
     listener.with_context(|| format!("Cannot listen on {}", path.display()))
+}
+
+/// A name beside `path`, always the same one: process ids are no help, since each of us is number 1 of its namespace.
+fn aside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}~"))
+}
+
+fn appear(aside: &Path, path: &Path) -> io::Result<()> {
+    let moved = rustix::fs::renameat_with(CWD, aside, CWD, path, RenameFlags::NOREPLACE);
+    if moved.is_err() {
+        let _was_ours = std::fs::remove_file(aside);
+    }
+    Ok(moved?)
 }
 
 /// Removes a socket that a process has left behind, and nothing else.
