@@ -5,7 +5,7 @@ use std::io;
 use anyhow::{Context, Result};
 use daemon::Confined;
 use virtio::device::{Device, Identity, read_config};
-use virtio::worker::{Serve, Slots, Worker, Workers, run};
+use virtio::worker::{Attempt, Serve, Worker, Workers, run};
 use virtio::{Chain, Queue, QueueState, feature};
 
 use crate::args::Config;
@@ -123,14 +123,14 @@ struct Disk {
 }
 
 impl Disk {
-    fn serve(&self, chain: &Chain) -> u32 {
+    fn answer(&self, chain: &Chain, carry_out: impl FnOnce(&Request<'_>) -> Status) -> u32 {
         let Ok((request, answer)) = Request::read(chain, &self.limits) else {
             metrics::BAD_REQUESTS.add(1);
             tracing::warn!(target: virtio::GUEST, "A request without a header or a status byte is given back empty");
             return 0;
         };
         let status = match request {
-            Ok(request) => self.carry_out(&request),
+            Ok(request) => carry_out(&request),
             Err(status) => {
                 metrics::REFUSED.add(1);
                 status
@@ -180,7 +180,11 @@ impl Disk {
 }
 
 impl Serve for Disk {
-    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool {
-        slots.get(index).is_some_and(|slot| slot.drain(|chain| self.serve(chain)))
+    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> u32 {
+        self.answer(chain, |request| self.carry_out(request))
+    }
+
+    fn refuse(&mut self, _index: u16, chain: &Chain) -> u32 {
+        self.answer(chain, |_| Status::IoError)
     }
 }

@@ -8,8 +8,8 @@ use anyhow::Result;
 use daemon::{Confined, Stopper};
 use rustix::event::PollFlags;
 use virtio::device::{Device, Host, Identity, read_config};
-use virtio::worker::{SOURCES, Serve, Slots, Source, Worker, Workers, run};
-use virtio::{Queue, QueueState, feature};
+use virtio::worker::{Attempt, SOURCES, Serve, Slots, Source, Worker, Workers, run};
+use virtio::{Chain, Queue, QueueState, feature};
 
 use crate::metrics;
 use crate::port::{Port, Size, Typed};
@@ -22,10 +22,8 @@ const ID: u32 = 3;
 /// Largest ring.
 const QUEUE_SIZE: u16 = 256;
 
-/// From the port to the guest.
+/// From the port to the guest. The other one is from the guest to the port.
 const RECEIVE: u16 = 0;
-/// From the guest to the port.
-const TRANSMIT: u16 = 1;
 
 /// `VIRTIO_CONSOLE_F_SIZE`: columns and rows are valid.
 const F_SIZE: u64 = 1;
@@ -117,42 +115,40 @@ struct Relay {
 }
 
 impl Relay {
-    /// Delivers what was typed into the buffers the guest has put out for it.
-    fn deliver(&mut self, slots: &mut Slots) -> bool {
-        let Some(slot) = slots.get(RECEIVE) else { return false };
-        let has_typed = |relay: &mut Relay| relay.waiting > 0;
-        slot.drain_while(self, has_typed, |relay, chain| {
-            let Ok(Input(room)) = Input::read(chain) else {
-                metrics::BAD_REQUESTS.add(1);
-                return 0;
-            };
-            let count = room.copy_from(relay.typed.get(..relay.waiting).unwrap_or_default());
-            relay.typed.copy_within(count..relay.waiting, 0);
-            relay.waiting -= count;
-            metrics::TYPED_BYTES.add(count as u64);
-            u32::try_from(count).unwrap_or(0)
-        })
+    /// Delivers what was typed into a buffer the guest has put out for it.
+    fn deliver(&mut self, chain: &Chain) -> u32 {
+        let Ok(Input(room)) = Input::read(chain) else {
+            metrics::BAD_REQUESTS.add(1);
+            return 0;
+        };
+        let count = room.copy_from(self.typed.get(..self.waiting).unwrap_or_default());
+        self.typed.copy_within(count..self.waiting, 0);
+        self.waiting -= count;
+        metrics::TYPED_BYTES.add(count as u64);
+        u32::try_from(count).unwrap_or(0)
     }
 
-    fn show(&mut self, slots: &mut Slots) -> bool {
-        let port = &mut self.port;
-        slots.get(TRANSMIT).is_some_and(|slot| {
-            slot.drain(|chain| {
-                match Output::read(chain) {
-                    Ok(Output(mut bytes)) => {
-                        let mut piece = [0; PIECE];
-                        while !bytes.is_empty() {
-                            let count = bytes.copy_to(&mut piece);
-                            port.write(piece.get(..count).unwrap_or_default());
-                            metrics::SHOWN_BYTES.add(count as u64);
-                            bytes = bytes.split_at(u32::try_from(count).unwrap_or(u32::MAX)).1;
-                        }
-                    }
-                    Err(_) => metrics::BAD_REQUESTS.add(1),
-                }
-                0
-            })
-        })
+    /// Shows what the guest has written. Where the port can tell how far it was written, a successor goes on from there; elsewhere
+    /// it shows the whole request again, because twice is better than never.
+    fn show(&mut self, chain: &Chain, attempt: &mut Attempt<'_>) {
+        let Ok(Output(bytes)) = Output::read(chain) else {
+            metrics::BAD_REQUESTS.add(1);
+            return;
+        };
+        let mut rest = bytes;
+        if let Some(position) = self.port.position() {
+            match attempt.noted() {
+                Some(began) => rest = bytes.split_at(position.wrapping_sub(began).min(bytes.len())).1,
+                None => attempt.note(position),
+            }
+        }
+        let mut piece = [0; PIECE];
+        while !rest.is_empty() {
+            let count = rest.copy_to(&mut piece);
+            self.port.write(piece.get(..count).unwrap_or_default());
+            metrics::SHOWN_BYTES.add(count as u64);
+            rest = rest.split_at(u32::try_from(count).unwrap_or(u32::MAX)).1;
+        }
     }
 
     fn read_port(&mut self, slots: &mut Slots) {
@@ -162,7 +158,10 @@ impl Relay {
             Typed::Leave => self.stopper.stop(),
             Typed::Nothing | Typed::Ended => {}
         }
-        self.deliver(slots);
+        if let Some(slot) = slots.get(RECEIVE) {
+            // A ring that has nowhere to put it will be kicked when it has.
+            let _more = slot.drain(self);
+        }
     }
 
     fn size_changed(&mut self) {
@@ -176,8 +175,16 @@ impl Relay {
 }
 
 impl Serve for Relay {
-    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool {
-        if index == RECEIVE { self.deliver(slots) } else { self.show(slots) }
+    fn serve(&mut self, index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> u32 {
+        if index == RECEIVE {
+            return self.deliver(chain);
+        }
+        self.show(chain, attempt);
+        0
+    }
+
+    fn can_serve(&mut self, index: u16) -> bool {
+        index != RECEIVE || self.waiting > 0
     }
 
     fn sources(&self, slots: &Slots) -> [Option<Source<'_>>; SOURCES] {

@@ -58,6 +58,8 @@ pub struct Port {
     /// Where to ask for the size, and where its changes are told.
     screen: Option<Screen>,
     stuck: bool,
+    /// How long the file is that is written. It belongs to this process alone, so that what is counted stays true.
+    position: Option<u64>,
     /// Keeps a pseudo-terminal from hanging up when nobody has it open.
     _slave: Option<OwnedFd>,
 }
@@ -89,7 +91,7 @@ impl Port {
     }
 
     fn new() -> Port {
-        Port { input: None, output: None, listener: None, escape: None, screen: None, stuck: false, _slave: None }
+        Port { input: None, output: None, listener: None, escape: None, screen: None, stuck: false, position: None, _slave: None }
     }
 
     fn terminal() -> Result<(Port, Option<Raw>)> {
@@ -128,7 +130,10 @@ impl Port {
     fn file(path: &Path) -> Result<Port> {
         let file = File::options().append(true).create(true).open(path);
         let file = file.with_context(|| format!("Cannot open {}", path.display()))?;
-        Ok(Port { output: Some(Sink::File(file)), ..Port::new() })
+        let about = file.metadata().with_context(|| format!("Cannot look at {}", path.display()))?;
+        // Of a device or a pipe nobody can tell later how much of a request went into it.
+        let position = about.is_file().then_some(about.len());
+        Ok(Port { output: Some(Sink::File(file)), position, ..Port::new() })
     }
 
     fn socket(path: &Path) -> Result<Port> {
@@ -136,6 +141,12 @@ impl Port {
         let listener = daemon::listen(path)?;
         listener.set_nonblocking(true).with_context(what)?;
         Ok(Port { listener: Some(listener), ..Port::new() })
+    }
+
+    /// How far the file is written, modulo 2^32: a request is far shorter. `None` if this is no file.
+    pub fn position(&self) -> Option<u32> {
+        let [a, b, c, d, ..] = self.position?.to_le_bytes();
+        Some(u32::from_le_bytes([a, b, c, d]))
     }
 
     /// What becomes readable when something was typed, or someone connects.
@@ -221,6 +232,7 @@ impl Port {
                 Ok(0) => break,
                 Ok(count) => {
                     self.stuck = false;
+                    self.position = self.position.map(|position| position.wrapping_add(count as u64));
                     rest = rest.get(count..).unwrap_or_default();
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
-use std::sync::mpsc::channel;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::{fs, panic, process, thread};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -179,18 +179,28 @@ impl Confined {
     /// When it does not start, or its filter cannot be installed.
     pub fn spawn(&self, role: &str, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let filter = Filter::new(self.policy.thread(role)?)?;
-        let (tell, told) = channel();
+        let told = Arc::new((Mutex::new(None), Condvar::new()));
+        let tell = Arc::clone(&told);
         let confined_body = move || {
             let installed = filter.install();
             let ok = installed.is_ok();
-            let _nobody_waits = tell.send(installed);
+            let (place, news) = &*tell;
+            *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(installed);
+            news.notify_one();
             if ok {
                 body();
             }
         };
         let builder = thread::Builder::new().name(name).stack_size(STACK);
         builder.spawn(confined_body).context("Cannot start a thread")?;
-        Ok(told.recv().context("A thread ended at its start")??)
+        let (place, news) = &*told;
+        let mut installed = place.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match installed.take() {
+                Some(outcome) => return Ok(outcome?),
+                None => installed = news.wait(installed).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
     }
 
     /// For a thread that may decide that the process is to end.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use daemon::Confined;
 use virtio::device::{Device, Identity};
-use virtio::worker::{Serve, Slots, Worker, Workers, run};
+use virtio::worker::{Attempt, Serve, Slots, Worker, Workers, run};
 use virtio::{Chain, Queue, QueueState, feature};
 
 use crate::args::Config;
@@ -88,9 +88,12 @@ impl Filler {
 }
 
 impl Serve for Filler {
-    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool {
-        let Some(slot) = slots.get(index) else { return false };
-        slot.drain_while(self, |filler| filler.source.available() > 0, Filler::fill)
+    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> u32 {
+        self.fill(chain)
+    }
+
+    fn can_serve(&mut self, _index: u16) -> bool {
+        self.source.available() > 0
     }
 
     fn timeout(&self, _slots: &Slots) -> Option<Duration> {

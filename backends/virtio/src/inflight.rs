@@ -16,6 +16,13 @@
 //! while it cleared the marks of exactly one batch, whose members are the first entries of the list, as many as the difference
 //! ([`Log::recover`]).
 //!
+//! # What else an entry holds
+//!
+//! The specification leaves five bytes of an entry unused. The first counts how often somebody began to serve the chain: a request
+//! that ends each of its servers is found by it ([`CONDEMNED`]). The other four are a note of the device to its successor,
+//! for what cannot simply be done twice. Both are written before the chain is worked on, and mean nothing while the mark is not set.
+//! A log written by somebody else has zeroes there.
+//!
 //! The content is as hostile as everything shared with a peer: each index is checked, each walk is bounded.
 
 use std::sync::Arc;
@@ -30,12 +37,20 @@ const ENTRIES_AT: usize = 10;
 const LAST_BATCH_AT: usize = 12;
 const USED_AT: usize = 14;
 
-/// Bytes of an entry: the mark, five of padding, the next of its batch, the counter.
+/// Bytes of an entry: the mark, the attempts, the note, the next of its batch, the counter.
 const ENTRY: u32 = 16;
+const ATTEMPTS_AT: usize = 1;
+const NOTE_AT: usize = 2;
 const NEXT_AT: usize = 6;
 const COUNTER_AT: usize = 8;
 
 const VERSION: u16 = 1;
+
+/// As many times may a request end the process that serves it. One time more, and its guest would have no device at all.
+pub const CONDEMNED: u8 = 5;
+
+/// In the byte of the attempts: there is a note.
+const NOTED: u8 = 0x80;
 
 /// The logs of neighbouring queues do not share a cache line.
 const ALIGN: u32 = 64;
@@ -116,8 +131,29 @@ impl Log {
     /// A chain is taken.
     pub fn take(&mut self, head: u16) {
         self.memory.store_u64(self.span, entry(head) + COUNTER_AT, self.counter, Ordering::Relaxed);
+        self.memory.store_u8(self.span, entry(head) + ATTEMPTS_AT, 1, Ordering::Relaxed);
         self.memory.store_u8(self.span, entry(head), 1, Ordering::Release);
         self.counter = self.counter.wrapping_add(1);
+    }
+
+    /// A chain that a predecessor left is begun again. Gives how often it was begun before, and the note that was left.
+    pub fn retake(&mut self, head: u16) -> (u8, Option<u32>) {
+        let byte = self.memory.load_u8(self.span, entry(head) + ATTEMPTS_AT, Ordering::Acquire);
+        let (noted, before) = (byte & NOTED, byte & !NOTED);
+        let now = before.saturating_add(1).min(!NOTED);
+        self.memory.store_u8(self.span, entry(head) + ATTEMPTS_AT, noted | now, Ordering::Release);
+        let half = |at| u32::from(self.memory.load_u16(self.span, entry(head) + at, Ordering::Relaxed));
+        (before, (noted != 0).then(|| half(NOTE_AT) | half(NOTE_AT + 2) << 16))
+    }
+
+    /// Leaves a note with a chain that is in hand, for whoever has to begin it again.
+    pub fn note(&mut self, head: u16, note: u32) {
+        let [a, b, c, d] = note.to_le_bytes();
+        self.memory.store_u16(self.span, entry(head) + NOTE_AT, u16::from_le_bytes([a, b]), Ordering::Relaxed);
+        self.memory.store_u16(self.span, entry(head) + NOTE_AT + 2, u16::from_le_bytes([c, d]), Ordering::Relaxed);
+        let attempts = self.memory.load_u8(self.span, entry(head) + ATTEMPTS_AT, Ordering::Relaxed);
+        // Last: with it the note counts.
+        self.memory.store_u8(self.span, entry(head) + ATTEMPTS_AT, attempts | NOTED, Ordering::Release);
     }
 
     /// A chain is about to be given back with the next batch.

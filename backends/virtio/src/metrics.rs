@@ -23,3 +23,10 @@ impl Counter {
         self.0.load(Ordering::Relaxed)
     }
 }
+
+/// Requests that were answered with an error because each process that served them died.
+pub static CONDEMNED: Counter = Counter::new();
+
+/// The counters of the ring layer, with their names and what they count. Every device has them.
+pub const ALL: [(&str, &Counter, &str); 1] =
+    [("ring_condemned", &CONDEMNED, "Requests answered with an error because each process that served them died")];

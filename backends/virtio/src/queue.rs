@@ -111,12 +111,30 @@ pub struct QueueState {
 #[derive(Debug)]
 pub struct Token {
     head: u16,
+    /// What is known of it from before this process: how often it was begun, and the note left with it.
+    replayed: Option<(u8, Option<u32>)>,
 }
 
 impl Token {
     /// The head of the chain, for messages to people.
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    /// A predecessor had it in hand when it died.
+    pub fn is_replayed(&self) -> bool {
+        self.replayed.is_some()
+    }
+
+    /// It has ended so many processes that served it that it has to be taken for the cause. The device answers it with an
+    /// error, without trying.
+    pub fn is_condemned(&self) -> bool {
+        self.replayed.is_some_and(|(attempts, _)| attempts >= inflight::CONDEMNED)
+    }
+
+    /// What a predecessor noted with it, see [`Queue::note`].
+    pub fn note(&self) -> Option<u32> {
+        self.replayed.and_then(|(_, note)| note)
     }
 }
 
@@ -252,7 +270,8 @@ impl Queue {
         if let Some(head) = self.replay.last().copied() {
             chain.walk(self.desc, self.size, head).map_err(Error::Chain)?;
             self.replay.pop();
-            return Ok(Some(Token { head }));
+            let replayed = self.log.as_mut().map(|log| log.retake(head));
+            return Ok(Some(Token { head, replayed }));
         }
         if self.available()? == 0 {
             return Ok(None);
@@ -270,7 +289,15 @@ impl Queue {
         }
         mark(&mut self.in_use, head, true);
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(Token { head }))
+        Ok(Some(Token { head, replayed: None }))
+    }
+
+    /// Leaves a note with a chain in hand, for a successor that finds it unfinished ([`Token::note`]). Without a log there is no
+    /// successor that would ask.
+    pub fn note(&mut self, token: &Token, note: u32) {
+        if let Some(log) = &mut self.log {
+            log.note(token.head, note);
+        }
     }
 
     /// Finishes a chain; `written` is the number of bytes the device wrote into it. The guest learns of it with the next

@@ -10,15 +10,20 @@
 //! nor a stop waiting.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::chain::Chain;
-use crate::queue::{Queue, QueueState};
+use crate::queue::{Queue, QueueState, Token};
+use crate::{inflight, metrics};
+
+mod mailbox;
+
+use mailbox::{Closed, Command};
+pub use mailbox::{Mailbox, Worker};
 
 /// Descriptors that one kick is worth. Enough for a full ring of requests of usual size; a hostile chain as long as its ring
 /// uses it up alone.
@@ -33,16 +38,24 @@ pub const SOURCES: usize = 2;
 /// Bell, sources, queues.
 const WAITING: usize = 1 + SOURCES + QUEUES;
 
-/// How long a stop waits for what is in flight. A disk that does not answer for so long does not answer.
-const STOP_LIMIT: Duration = Duration::from_secs(60);
-
 /// What a worker waits for besides its queues.
 pub type Source<'a> = (BorrowedFd<'a>, PollFlags);
 
 /// What a device does with its queues.
 pub trait Serve: Send {
-    /// There may be something in queue `index`. `true`: there is more, come back soon.
-    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool;
+    /// Does one request of queue `index` and gives the number of bytes written into its chain.
+    fn serve(&mut self, index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> u32;
+
+    /// Answers a request with an error, without looking further into it than that takes.
+    fn refuse(&mut self, _index: u16, _chain: &Chain) -> u32 {
+        0
+    }
+
+    /// Whether a request of queue `index` could be served now. What is not taken stays in the ring; the device comes back when it
+    /// can, by [`Serve::timeout`] or [`Serve::ready`].
+    fn can_serve(&mut self, _index: u16) -> bool {
+        true
+    }
 
     /// What to wait for besides the queues.
     fn sources(&self, _slots: &Slots) -> [Option<Source<'_>>; SOURCES] {
@@ -59,72 +72,6 @@ pub trait Serve: Send {
 
     /// Queue `index` is about to be given back: finish what is in flight.
     fn stopping(&mut self, _index: u16, _slots: &mut Slots) {}
-}
-
-enum Command {
-    Start(Box<Queue>),
-    Stop(u16, Sender<Option<QueueState>>),
-}
-
-/// The control thread's end.
-#[derive(Debug)]
-pub struct Worker {
-    commands: Sender<Command>,
-    bell: OwnedFd,
-}
-
-/// The thread's end.
-#[derive(Debug)]
-pub struct Mailbox {
-    commands: Receiver<Command>,
-    bell: OwnedFd,
-}
-
-impl Worker {
-    /// Both ends.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn new() -> io::Result<(Worker, Mailbox)> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (sender, receiver) = channel();
-        let mailbox = Mailbox { commands: receiver, bell: bell.try_clone()? };
-        Ok((Worker { commands: sender, bell }, mailbox))
-    }
-
-    /// Hands a queue over.
-    ///
-    /// # Errors
-    /// When the thread is gone.
-    pub fn start(&self, queue: Queue) -> io::Result<()> {
-        self.send(Command::Start(Box::new(queue)))
-    }
-
-    /// Takes a queue back.
-    pub fn stop(&self, index: u16) -> Option<QueueState> {
-        let (answer, state) = channel();
-        self.send(Command::Stop(index, answer)).ok()?;
-        state.recv_timeout(STOP_LIMIT).ok().flatten()
-    }
-
-    fn send(&self, command: Command) -> io::Result<()> {
-        self.commands.send(command).map_err(|_| io::Error::other("the queue's thread has ended"))?;
-        ring(&self.bell);
-        Ok(())
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        // The thread finds its channel closed only when it looks.
-        let (closed, _) = channel();
-        self.commands = closed;
-        ring(&self.bell);
-    }
-}
-
-fn ring(bell: &OwnedFd) {
-    let _already_ringing = rustix::io::write(bell, &1u64.to_ne_bytes());
 }
 
 /// A device's workers; queue `n` is served by worker `n` modulo their number.
@@ -166,36 +113,67 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Serves what is available, chain by chain, until the ring is empty or the budget is used up: `each` does the request and
-    /// gives the number of bytes written. Shows the results in one go. `true`: there is more.
-    pub fn drain(&mut self, mut each: impl FnMut(&Chain) -> u32) -> bool {
-        self.drain_while(&mut (), |()| true, |(), chain| each(chain))
-    }
-
-    /// Like [`Slot::drain`], for a device that cannot always take a request: before each one `ready` is asked. What it leaves
-    /// stays in the ring; the device comes back when it can, by [`Serve::timeout`] or [`Serve::ready`].
-    pub fn drain_while<S>(
-        &mut self,
-        server: &mut S,
-        mut ready: impl FnMut(&mut S) -> bool,
-        mut each: impl FnMut(&mut S, &Chain) -> u32,
-    ) -> bool {
+    /// Serves what is available, chain by chain, until the ring is empty or the budget is used up, and shows the results in one
+    /// go. `true`: there is more.
+    ///
+    /// What a predecessor has left is shown one by one: should one of these requests be what ended it, then the others are not
+    /// counted as if they were.
+    pub fn drain(&mut self, server: &mut (impl Serve + ?Sized)) -> bool {
+        let index = self.queue.index();
         let mut left = BUDGET;
         loop {
             self.queue.disarm();
-            while left > 0 && ready(server) {
+            while left > 0 && server.can_serve(index) {
                 let Some(token) = self.queue.pop(&mut self.chain) else { break };
-                let written = each(server, &self.chain);
+                let replayed = token.is_replayed();
+                let written = if token.is_condemned() {
+                    condemn(&token, index);
+                    server.refuse(index, &self.chain)
+                } else {
+                    server.serve(index, &self.chain, &mut Attempt { queue: &mut self.queue, token: &token })
+                };
                 self.queue.complete(token, written);
+                if replayed {
+                    self.queue.publish();
+                }
                 left = left.saturating_sub(self.chain.descriptors().into());
             }
             self.queue.publish();
             // What could not be served must not keep the thread awake.
             let more = self.queue.arm();
-            if left == 0 || !more || !ready(server) {
-                return more && ready(server);
+            if left == 0 || !more || !server.can_serve(index) {
+                return more && server.can_serve(index);
             }
         }
+    }
+}
+
+fn condemn(token: &Token, index: u16) {
+    metrics::CONDEMNED.add(1);
+    tracing::error!(
+        queue = index,
+        head = token.head(),
+        "A request has ended {} processes that served it: it is answered with an error",
+        inflight::CONDEMNED
+    );
+}
+
+/// A request that is being served.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    queue: &'a mut Queue,
+    token: &'a Token,
+}
+
+impl Attempt<'_> {
+    /// What a predecessor noted with it before it died; `None` if none has begun it.
+    pub fn noted(&self) -> Option<u32> {
+        self.token.note()
+    }
+
+    /// Notes something for a successor, before what cannot be done twice is begun.
+    pub fn note(&mut self, note: u32) {
+        self.queue.note(self.token, note);
     }
 }
 
@@ -233,12 +211,6 @@ impl Slots {
         let indices = self.slots.each_ref().map(|slot| slot.as_ref().filter(|slot| slot.pending).map(|slot| slot.queue.index()));
         indices.into_iter().flatten()
     }
-
-    fn set_pending(&mut self, index: u16, pending: bool) {
-        if let Some(slot) = self.get(index) {
-            slot.pending = pending;
-        }
-    }
 }
 
 /// Serves queues until the [`Worker`] is dropped.
@@ -261,9 +233,8 @@ pub fn run(mut server: impl Serve, mailbox: Mailbox) {
             }
             slot.pending |= kicked || woken.late;
         }
-        for index in slots.pending() {
-            let more = server.kicked(index, &mut slots);
-            slots.set_pending(index, more);
+        for slot in slots.slots.iter_mut().flatten().filter(|slot| slot.pending) {
+            slot.pending = slot.drain(&mut server);
         }
     }
 }
@@ -285,7 +256,7 @@ fn wait(server: &impl Serve, slots: &Slots, mailbox: &Mailbox) -> io::Result<Wok
     let sources = server.sources(slots);
     let kicks = slots.slots.each_ref().map(|slot| slot.as_ref().and_then(|slot| slot.queue.kick()));
     let mut count = 1;
-    let mut fds: [PollFd<'_>; WAITING] = std::array::from_fn(|_| PollFd::new(&mailbox.bell, PollFlags::IN));
+    let mut fds: [PollFd<'_>; WAITING] = std::array::from_fn(|_| PollFd::from_borrowed_fd(mailbox.bell(), PollFlags::IN));
     let waiting = sources.into_iter().flatten().chain(kicks.into_iter().flatten().map(|kick| (kick, PollFlags::IN)));
     for (place, (fd, events)) in fds.iter_mut().skip(1).zip(waiting) {
         *place = PollFd::from_borrowed_fd(fd, events);
@@ -314,17 +285,16 @@ fn wait(server: &impl Serve, slots: &Slots, mailbox: &Mailbox) -> io::Result<Wok
 
 /// Does what the mailbox says. `false`: the device is gone.
 fn obey(server: &mut impl Serve, slots: &mut Slots, mailbox: &Mailbox) -> bool {
-    let mut count = [0; 8];
-    let _nothing_rung = rustix::io::read(mailbox.bell.as_fd(), &mut count);
+    mailbox.acknowledge();
     loop {
-        match mailbox.commands.try_recv() {
-            Ok(Command::Start(queue)) => slots.put(*queue),
-            Ok(Command::Stop(index, answer)) => {
+        match mailbox.next() {
+            Ok(Some(Command::Start(queue))) => slots.put(*queue),
+            Ok(Some(Command::Stop(index, question))) => {
                 server.stopping(index, slots);
-                let _nobody_waits = answer.send(slots.take(index).map(Queue::into_state));
+                mailbox.answer(question, slots.take(index).map(Queue::into_state));
             }
-            Err(TryRecvError::Empty) => return true,
-            Err(TryRecvError::Disconnected) => return false,
+            Ok(None) => return true,
+            Err(Closed) => return false,
         }
     }
 }

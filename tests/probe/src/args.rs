@@ -137,6 +137,15 @@ pub enum StormOf {
     Blk(Storm),
     /// A virtio-rng backend
     Rng(Storm),
+    /// A virtio-console backend that writes a file
+    Console {
+        /// The file it writes
+        #[arg(long)]
+        file: PathBuf,
+        /// How to kill
+        #[command(flatten)]
+        plan: Storm,
+    },
 }
 
 /// How to kill.

@@ -50,6 +50,9 @@ fn run(verb: Verb) -> Result<bool> {
             measure(&socket, load, block_size, depth, seconds, json, rings)
         }
         Verb::Storm { what: StormOf::Blk(plan) } => kill(&plan, |backend, how, progress| storm::blk(backend, how, progress)),
+        Verb::Storm { what: StormOf::Console { file, plan } } => {
+            kill(&plan, |backend, how, progress| storm::console(backend, &file, how, progress))
+        }
         Verb::Storm { what: StormOf::Rng(plan) } => kill(&plan, |backend, how, progress| storm::rng(backend, how, progress)),
     }
 }

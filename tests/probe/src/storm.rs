@@ -5,7 +5,8 @@
 //!
 //! - *lost*: requests that were never given back;
 //! - *duplicated*: completions of requests that were not out;
-//! - *corrupted*: blocks that do not hold what the last completed write put there, or random bytes that were not written.
+//! - *corrupted*: blocks that do not hold what the last completed write put there, random bytes that were not written, a console's
+//!   line that is not as it was sent.
 //!
 //! A write that was in flight at a kill may have happened or not, until its completion says that it has; since no two requests
 //! for one block are out at the same time, every completed request has exactly one right content.
@@ -21,6 +22,10 @@ use crate::device::{Device, Shape};
 use crate::link::Backend;
 use crate::random::Random;
 use crate::ring::Buffer;
+
+mod console;
+
+pub use console::console;
 
 /// How a storm is run.
 #[derive(Clone, Copy, Debug)]

@@ -247,3 +247,43 @@ fn only_plain_event_descriptors_are_kicks() {
         rustix::time::timerfd_create(rustix::time::TimerfdClockId::Monotonic, rustix::time::TimerfdFlags::empty()).unwrap();
     assert!(check_kick(timer.as_fd()).is_err());
 }
+
+#[test]
+fn a_request_that_ends_every_server_is_condemned_and_the_others_are_not() {
+    let mut driver = Driver::new();
+    let region = Arc::new(guest(&[(0, inflight::region_size(1, SIZE).next_multiple_of(4096))]));
+    let log = || Some(Log::new(Arc::clone(&region), 0, SIZE, SIZE).unwrap());
+    (0..3).for_each(|head| driver.offer(head));
+    // The first server takes all three and dies; each successor finishes the first and dies of the second.
+    let mut queue = driver.queue(true, log());
+    let mut chain = queue.chain();
+    let first = queue.pop(&mut chain).unwrap();
+    queue.note(&first, 0x1234_5678);
+    assert!((first.note(), first.is_replayed()) == (None, false), "nobody was there before");
+    let (_second, _third) = (queue.pop(&mut chain), queue.pop(&mut chain));
+    for death in 1..inflight::CONDEMNED {
+        let mut queue = driver.queue(true, log());
+        let mut token = queue.pop(&mut chain).unwrap();
+        assert!(token.is_replayed());
+        if death == 1 {
+            assert_eq!((token.head(), token.note()), (0, Some(0x1234_5678)));
+            queue.complete(token, 0);
+            queue.publish();
+            token = queue.pop(&mut chain).unwrap();
+        }
+        assert_eq!((token.head(), token.is_condemned()), (1, false), "death {death}");
+    }
+    let mut queue = driver.queue(true, log());
+    let token = queue.pop(&mut chain).unwrap();
+    assert!(token.is_condemned());
+    queue.complete(token, 0);
+    queue.publish();
+    let token = queue.pop(&mut chain).unwrap();
+    assert_eq!((token.head(), token.is_condemned()), (2, false), "it never got its turn");
+    queue.complete(token, 0);
+    queue.publish();
+    driver.offer(1);
+    let token = queue.pop(&mut chain).unwrap();
+    assert!(!token.is_replayed(), "a new request with the same head is a new one");
+    queue.complete(token, 0);
+}

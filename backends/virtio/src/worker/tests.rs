@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
+use rustix::event::{EventfdFlags, eventfd};
+
 use super::*;
 use crate::memory::tests::guest;
 use crate::queue::Config;
@@ -11,14 +13,9 @@ use crate::queue::Config;
 struct Echo(Arc<AtomicU32>);
 
 impl Serve for Echo {
-    fn kicked(&mut self, index: u16, slots: &mut Slots) -> bool {
-        let served = Arc::clone(&self.0);
-        slots.get(index).is_some_and(|slot| {
-            slot.drain(|chain| {
-                served.fetch_add(1, Ordering::SeqCst);
-                u32::try_from(chain.writable().copy_from(b"done")).unwrap()
-            })
-        })
+    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> u32 {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        u32::try_from(chain.writable().copy_from(b"done")).unwrap()
     }
 }
 

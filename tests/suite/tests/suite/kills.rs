@@ -31,6 +31,17 @@ fn a_thousand_kills_lose_nothing_of_an_entropy_source() {
 }
 
 #[test]
+fn a_thousand_kills_lose_nothing_of_a_console() {
+    let scratch = Scratch::new();
+    let file = scratch.path("console.log");
+    let (console, file) = (program("outboard-console"), file.to_str().unwrap());
+    let ended = storm(&["console", "--file", file, "--kills", "1000"], &[console.to_str().unwrap(), "--file", file]);
+    println!("{}", ended.out);
+    assert_eq!(ended.code, Some(0), "{}{}", ended.out, ended.err);
+    assert!(ended.out.contains(" 0 lost, 0 duplicated, 0 corrupted, 0 failed"), "{}", ended.out);
+}
+
+#[test]
 fn every_ring_survives_kills() {
     let scratch = Scratch::new();
     let image = scratch.image("disk.img", 16 << 20);

@@ -1,0 +1,166 @@
+//! The hand-over of queues between the control thread and a worker.
+//!
+//! Commands go one way, the answer to a stop comes the other way; both lie under one lock that neither side holds while it works
+//! or waits. Who waits does so in `poll`, on an event descriptor: the channels of the standard library would do the same with
+//! two system calls more, for which every filter would have to have a hole.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::queue::{Queue, QueueState};
+
+/// How long a stop waits for what is in flight. A disk that does not answer for so long does not answer.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the control thread wants.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Serve this queue.
+    Start(Box<Queue>),
+    /// Give back the queue of this index; the number is that of the question.
+    Stop(u16, u64),
+}
+
+#[derive(Debug, Default)]
+struct Post {
+    commands: VecDeque<Command>,
+    /// The answer to the question of that number.
+    answer: Option<(u64, Option<QueueState>)>,
+    questions: u64,
+    /// One of the two ends is gone.
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    post: Mutex<Post>,
+    bell: OwnedFd,
+    answered: OwnedFd,
+}
+
+impl Shared {
+    fn post(&self) -> MutexGuard<'_, Post> {
+        self.post.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The control thread's end.
+#[derive(Debug)]
+pub struct Worker(Arc<Shared>);
+
+/// The thread's end.
+#[derive(Debug)]
+pub struct Mailbox(Arc<Shared>);
+
+impl Worker {
+    /// Both ends.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new() -> io::Result<(Worker, Mailbox)> {
+        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let shared = Arc::new(Shared { post: Mutex::default(), bell: event()?, answered: event()? });
+        Ok((Worker(Arc::clone(&shared)), Mailbox(shared)))
+    }
+
+    /// Hands a queue over.
+    ///
+    /// # Errors
+    /// When the thread is gone.
+    pub fn start(&self, queue: Queue) -> io::Result<()> {
+        let mut post = self.0.post();
+        if post.closed {
+            return Err(io::Error::other("the queue's thread has ended"));
+        }
+        post.commands.push_back(Command::Start(Box::new(queue)));
+        drop(post);
+        ring(&self.0.bell);
+        Ok(())
+    }
+
+    /// Takes a queue back. `None`: it was not running, or nothing came back within a minute.
+    pub fn stop(&self, index: u16) -> Option<QueueState> {
+        let mut post = self.0.post();
+        post.questions += 1;
+        let question = post.questions;
+        post.commands.push_back(Command::Stop(index, question));
+        drop(post);
+        ring(&self.0.bell);
+        self.wait_for(question, Instant::now() + STOP_LIMIT)
+    }
+
+    fn wait_for(&self, question: u64, until: Instant) -> Option<QueueState> {
+        loop {
+            let mut post = self.0.post();
+            // The answer to an earlier question came too late for whoever asked it.
+            if let Some((_, state)) = post.answer.take().filter(|(answered, _)| *answered == question) {
+                return state;
+            }
+            if post.closed {
+                return None;
+            }
+            drop(post);
+            let left = Timespec::try_from(until.checked_duration_since(Instant::now())?).ok()?;
+            let _interrupted = poll(&mut [PollFd::new(&self.0.answered, PollFlags::IN)], Some(&left));
+            silence(&self.0.answered);
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.post().closed = true;
+        ring(&self.0.bell);
+    }
+}
+
+impl Mailbox {
+    /// Readable when there is something to do.
+    pub(super) fn bell(&self) -> BorrowedFd<'_> {
+        self.0.bell.as_fd()
+    }
+
+    /// The bell was heard.
+    pub(super) fn acknowledge(&self) {
+        silence(&self.0.bell);
+    }
+
+    /// The next command; an error when there will be no more.
+    pub(super) fn next(&self) -> Result<Option<Command>, Closed> {
+        let mut post = self.0.post();
+        match post.commands.pop_front() {
+            None if post.closed => Err(Closed),
+            command => Ok(command),
+        }
+    }
+
+    /// Answers a stop.
+    pub(super) fn answer(&self, question: u64, state: Option<QueueState>) {
+        self.0.post().answer = Some((question, state));
+        ring(&self.0.answered);
+    }
+}
+
+impl Drop for Mailbox {
+    fn drop(&mut self) {
+        self.0.post().closed = true;
+        ring(&self.0.answered);
+    }
+}
+
+/// The device is gone.
+#[derive(Debug)]
+pub(super) struct Closed;
+
+fn ring(bell: &OwnedFd) {
+    let _already_ringing = rustix::io::write(bell, &1u64.to_ne_bytes());
+}
+
+fn silence(bell: &OwnedFd) {
+    let _nothing_rung = rustix::io::read(bell, &mut [0; 8]);
+}
