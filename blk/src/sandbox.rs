@@ -1,6 +1,6 @@
 //! What the process may do.
 
-use daemon::rules::{PROTOCOL, RUNTIME, THREAD_END};
+use daemon::rules::{PROTOCOL, RUNTIME};
 use sandbox::{Limits, Policy, Rule, allow};
 
 use crate::args::MAX_QUEUES;
@@ -24,5 +24,5 @@ pub const POLICY: Policy = Policy {
     name: "outboard-blk",
     limits: Limits { descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64, threads: MAX_QUEUES as u64 + 2 },
     control: &[RUNTIME, PROTOCOL],
-    threads: &[(THREAD, &[RUNTIME, THREAD_END, QUEUE])],
+    threads: &[(THREAD, &[RUNTIME, QUEUE])],
 };

@@ -9,10 +9,10 @@ use vmm::machine::Opened;
 use vmm::sandbox::{POLICY, PROCESSOR};
 
 fn main() -> ExitCode {
-    daemon::main(|startup: daemon::Startup<Args>| {
+    daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
         let config = Config::try_from(startup.args())?;
         let opened = Opened::open(config, |fd| startup.inherited(fd).map_err(io::Error::other))?;
-        let confined = startup.confine(&POLICY)?;
+        let confined = startup.confine()?;
         let (machine, cpus, shared) = opened.build()?;
         for cpu in cpus {
             let shared = Arc::clone(&shared);

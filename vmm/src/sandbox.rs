@@ -22,9 +22,6 @@ const DESCRIPTORS: u64 = 4096;
 /// Processors, the control thread, and what KVM starts by itself.
 const THREADS: u64 = crate::args::MAX_CPUS as u64 + 8;
 
-/// Memory that is neither executable nor made so.
-const NOT_EXECUTABLE: &[When] = &[When::HasNone(2, libc::PROT_EXEC as u64)];
-
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
 const READ: u32 = 2;
@@ -72,18 +69,10 @@ const REGISTERS: &[Rule] = &[
 /// Less than [`RUNTIME`]: a processor's thread closes nothing and never ends before the process.
 const CPU: &[Rule] = &[
     allow(libc::SYS_futex, "the gate, and the locks of devices"),
-    allow(libc::SYS_sched_yield, "a thread's start is told through a channel, which gives way"),
-    allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "the allocator"),
-    allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "the allocator's arena of this thread"),
-    allow(libc::SYS_munmap, "the allocator"),
-    allow(libc::SYS_mremap, "the allocator grows the buffer of COM1"),
-    allow(libc::SYS_madvise, "the allocator gives pages back"),
     allow(libc::SYS_brk, "the allocator's heap"),
     allow(libc::SYS_read, "silencing the notifiers of a device that is reset"),
     allow(libc::SYS_write, "waking the control thread; kicks at an address KVM does not know; log lines"),
-    allow(libc::SYS_poll, "whether a masked interrupt is pending"),
     allow(libc::SYS_ppoll, "whether a masked interrupt is pending"),
-    allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
     allow(libc::SYS_exit_group, "the end of the process"),
     kvm(&RUN, "the guest"),
     kvm(&GET_REGS, "where a guest that KVM cannot run stands"),
@@ -107,6 +96,7 @@ const CONTROL: &[Rule] = &[
     kvm(&SET_CLOCK, "reset"),
     allow(libc::SYS_tgkill, "getting a processor out of the guest"),
     allow(libc::SYS_getpid, "the address of that signal"),
+    allow(libc::SYS_restart_syscall, "the kernel resumes the wait for the processors after SIGSTOP and SIGCONT"),
     allow(libc::SYS_lseek, "loading kernel and initrd, again at a reset"),
     allow(libc::SYS_fallocate, "giving guest memory back at a reset; emptying the in-flight log"),
     allow(libc::SYS_recvmsg, "answers of backends, commands"),

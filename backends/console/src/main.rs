@@ -9,11 +9,11 @@ use console::sandbox::POLICY;
 use vhost_user::Backend;
 
 fn main() -> ExitCode {
-    daemon::main(|startup: daemon::Startup<Args>| {
+    daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
         let config = Config::from(startup.args());
         let trust = startup.args().memory.trust();
         let (port, _restored_at_the_end) = Port::open(&config)?;
-        let confined = startup.confine(&POLICY)?;
+        let confined = startup.confine()?;
         let mut backend = Backend::new(Console::new(port, &confined)?, trust)?;
         confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))
     })

@@ -57,6 +57,9 @@ pub struct Base {
     /// The oldest kernel whose sandbox is accepted: linux-6.12, linux-6.1 or linux-5.15. Without it an older kernel is an error
     #[arg(long, default_value_t, value_name = "KERNEL", env = "OUTBOARD_SANDBOX_FLOOR")]
     pub sandbox_floor: Floor,
+    /// Print the system calls that each thread may make, with their reasons, as JSON, and end
+    #[arg(long)]
+    pub print_sandbox: bool,
     /// The process is in its namespaces already
     #[arg(long, hide = true)]
     pub namespaced: bool,

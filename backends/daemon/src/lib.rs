@@ -7,7 +7,7 @@
 //! calls the program with a [`Startup`]. The order is in the types:
 //!
 //! ```text
-//! Startup   paths can be opened, nothing is served          startup.confine(&POLICY)
+//! Startup   paths can be opened, nothing is served          startup.confine()
 //! Confined  no paths, no new sockets; threads can start     confined.spawn(..), then confined.serve(..) or .run(..)
 //! (filter)  the first byte of a peer is read
 //! ```
@@ -34,30 +34,23 @@ pub mod rules {
     /// Memory that is neither executable nor made so.
     const NOT_EXECUTABLE: &[When] = &[When::HasNone(2, libc::PROT_EXEC as u64)];
 
-    /// What the Rust runtime does by itself in any thread.
+    /// What any thread does.
     pub const RUNTIME: &[Rule] = &[
-        allow(libc::SYS_futex, "locks, channels and the end of threads"),
-        allow(libc::SYS_sched_yield, "a channel gives way while its other end is in the middle of a step"),
-        allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "the allocator's large blocks; guest memory in the control thread"),
-        allow(libc::SYS_munmap, "the allocator; guest memory that is given up"),
-        allow(libc::SYS_mremap, "the allocator grows a large block"),
-        allow(libc::SYS_brk, "the allocator's heap"),
-        allow(libc::SYS_madvise, "the allocator gives pages back"),
-        allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "the allocator's arenas of threads"),
+        allow(libc::SYS_futex, "a lock that another thread holds at this moment"),
+        allow(libc::SYS_brk, "the allocator's heap grows and shrinks"),
+        allow(libc::SYS_munmap, "guest memory that is given up, by whoever had it last"),
         allow(libc::SYS_write, "log lines and event descriptors"),
         allow(libc::SYS_read, "event and signal descriptors"),
         allow(libc::SYS_close, "descriptors that a peer has sent"),
         allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_GETFD as u32)], "debug builds look whether what they close is open"),
-        allow(libc::SYS_poll, "waiting"),
-        allow(libc::SYS_ppoll, "waiting with a limit of time"),
+        allow(libc::SYS_ppoll, "waiting"),
         allow(libc::SYS_clock_gettime, "the time, where the kernel offers no faster way"),
-        allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
-        allow(libc::SYS_sigaltstack, "Rust takes its signal stack away at the end"),
         allow(libc::SYS_exit_group, "the end of the process"),
     ];
 
     /// What the control thread of a device process does besides: the vhost-user protocol.
     pub const PROTOCOL: &[Rule] = &[
+        allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "guest memory"),
         allow(libc::SYS_recvmsg, "requests of the frontend, with their descriptors"),
         allow(libc::SYS_sendmsg, "answers"),
         allow(libc::SYS_fstat, "looking at files before they are mapped, and at event descriptors"),
@@ -70,10 +63,4 @@ pub mod rules {
     ];
 
     const GET_SEALS: u32 = libc::F_GET_SEALS as u32;
-
-    /// What only the end of a thread needs.
-    pub const THREAD_END: &[Rule] = &[
-        allow(libc::SYS_exit, "the end of a thread"),
-        allow(libc::SYS_rt_sigprocmask, "the C library blocks signals while a thread ends"),
-    ];
 }

@@ -9,7 +9,7 @@ use std::{fs, panic, process, thread};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::error::ErrorKind;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
-use sandbox::{Filter, Policy, close_all_but, confine, signal_fd};
+use sandbox::{Filter, Policy, When, close_all_but, confine, signal_fd};
 use tracing::{debug, info, warn};
 
 use crate::args::{Arguments, LogFormat};
@@ -18,29 +18,38 @@ use crate::{logging, parent};
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
+/// As Rust has it.
+const PANICKED: u8 = 101;
 
 /// Stack of a thread. Its frames are small and it calls nothing deep.
 const STACK: usize = 256 * 1024;
 
-/// The `main` of a program: everything that is the same in all of them. `run` gives the exit status.
-pub fn main<A: Arguments>(run: impl FnOnce(Startup<A>) -> Result<u8>) -> ExitCode {
-    let args = match parse::<A>() {
+/// The `main` of a program: everything that is the same in all of them. `policy` is what the process may do once it is confined;
+/// `run` gives the exit status.
+pub fn main<A: Arguments>(policy: &'static Policy, run: impl FnOnce(Startup<A>) -> Result<u8>) -> ExitCode {
+    let args = match parse::<A>(policy) {
         Ok(args) => args,
         Err(status) => return status.into(),
     };
     let format = args.base().log_format;
-    let ran = begin(args, run);
-    ran.unwrap_or_else(|error| {
+    let ran = begin(args, policy, run);
+    let status = ran.unwrap_or_else(|error| {
         report(&error, format);
         FAILED
-    })
-    .into()
+    });
+    // Returning would have Rust tidy up after itself, with calls that no filter has.
+    sandbox::exit(status.into())
 }
 
-fn parse<A: Arguments>() -> std::result::Result<A, u8> {
-    // Asking for the capabilities needs no other argument.
-    if let Some(capabilities) = A::CAPABILITIES.filter(|_| std::env::args_os().any(|arg| arg == "--print-capabilities")) {
+fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
+    // Asking what the program is needs no other argument.
+    let asked = |flag: &str| std::env::args_os().any(|arg| arg == flag);
+    if let Some(capabilities) = A::CAPABILITIES.filter(|_| asked("--print-capabilities")) {
         println!("{}", serde_json::json!({"type": capabilities.kind, "features": capabilities.features}));
+        return Err(0);
+    }
+    if asked("--print-sandbox") {
+        println!("{}", describe(policy));
         return Err(0);
     }
     A::try_parse().map_err(|error| {
@@ -52,7 +61,26 @@ fn parse<A: Arguments>() -> std::result::Result<A, u8> {
     })
 }
 
-fn begin<A: Arguments>(args: A, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
+/// A policy, for machines: `docs/sandbox.md` is made from it, and `outboard doctor` shows it.
+fn describe(policy: &Policy) -> serde_json::Value {
+    let condition = |when: &When| match *when {
+        When::Is(argument, value) => format!("argument {argument} is {value:#x}"),
+        When::HasNone(argument, mask) => format!("argument {argument} has no bit of {mask:#x}"),
+    };
+    let threads = [("control", policy.control)].into_iter().chain(policy.threads.iter().copied());
+    let threads: Vec<_> = threads
+        .map(|(thread, groups)| {
+            let rules = groups.iter().copied().flatten().map(|rule| {
+                let when: Vec<_> = rule.when.iter().map(condition).collect();
+                serde_json::json!({"call": sandbox::name(rule.syscall), "number": rule.syscall, "when": when, "why": rule.why})
+            });
+            serde_json::json!({"thread": thread, "rules": rules.collect::<Vec<_>>()})
+        })
+        .collect();
+    serde_json::json!({"program": policy.name, "descriptors": policy.limits.descriptors, "threads": threads})
+}
+
+fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
     let mut inherited = args.inherited();
     inherited.extend(args.socket().and_then(|socket| socket.fd));
     if !args.base().namespaced {
@@ -61,17 +89,18 @@ fn begin<A: Arguments>(args: A, run: impl FnOnce(Startup<A>) -> Result<u8>) -> R
     }
     must_be_namespaced()?;
     die_of_panics();
+    sandbox::one_heap();
     close_all_but(&inherited).context("Cannot close inherited descriptors")?;
     logging::start(args.base());
-    run(Startup { args })
+    run(Startup { args, policy })
 }
 
-/// A panic in one thread would leave a ring that nobody serves; the process's end is noticed and mended.
+/// A panic in one thread would leave a ring that nobody serves; the process's end is noticed and mended. No trace of the stack:
+/// reading the program's own file for its names is no longer possible.
 fn die_of_panics() {
-    let print = panic::take_hook();
-    panic::set_hook(Box::new(move |what| {
-        print(what);
-        process::abort();
+    panic::set_hook(Box::new(|what| {
+        eprintln!("This is a bug: {what}");
+        sandbox::exit(PANICKED.into());
     }));
 }
 
@@ -99,6 +128,7 @@ fn report(error: &anyhow::Error, format: LogFormat) {
 #[derive(Debug)]
 pub struct Startup<A> {
     args: A,
+    policy: &'static Policy,
 }
 
 impl<A: Arguments> Startup<A> {
@@ -119,7 +149,8 @@ impl<A: Arguments> Startup<A> {
     ///
     /// # Errors
     /// When the socket cannot be had, or the process cannot be confined.
-    pub fn confine(self, policy: &'static Policy) -> Result<Confined> {
+    pub fn confine(self) -> Result<Confined> {
+        let policy = self.policy;
         let endpoint = self.args.socket().map(Endpoint::open).transpose()?;
         let control = Filter::new(policy.control)?;
         // Blocked before there are threads, so that they inherit it.

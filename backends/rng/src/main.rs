@@ -8,10 +8,10 @@ use rng::sandbox::POLICY;
 use vhost_user::Backend;
 
 fn main() -> ExitCode {
-    daemon::main(|startup: daemon::Startup<Args>| {
+    daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
         let config = Config::from(startup.args());
         let trust = startup.args().memory.trust();
-        let confined = startup.confine(&POLICY)?;
+        let confined = startup.confine()?;
         let mut backend = Backend::new(Rng::new(&config, &confined)?, trust)?;
         confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))
     })

@@ -26,6 +26,7 @@ mod confine;
 mod error;
 mod filter;
 mod floor;
+mod names;
 mod spawn;
 #[expect(unsafe_code, reason = "clone3, execve and the few calls that no safe wrapper offers")]
 mod sys;
@@ -34,8 +35,9 @@ pub use confine::{Limits, confine};
 pub use error::Error;
 pub use filter::{Filter, Rule, When, allow, allow_if};
 pub use floor::{Floor, Kernel};
+pub use names::name;
 pub use spawn::{Child, NetNamespace, Spawn, spawn};
-pub use sys::{close_all_but, inherited, lock_file, signal_fd};
+pub use sys::{close_all_but, exit, inherited, lock_file, one_heap, signal_fd};
 
 /// What every call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -73,10 +73,19 @@ pub(crate) fn clone3(flags: Clone) -> rustix::io::Result<Option<Pid>> {
     }
 }
 
-/// Ends this process without running anything on the way out.
-pub(crate) fn exit(status: i32) -> ! {
+/// Ends this process without running anything on the way out: not even what would need another system call.
+pub fn exit(status: i32) -> ! {
     // SAFETY: `_exit` takes a number and does not return.
     unsafe { libc::_exit(status) }
+}
+
+/// Makes the allocator serve all threads from the one heap that grows with `brk`. With a heap for each thread and a mapping for each
+/// large block it would need `mprotect`, `madvise` and `mremap` in every filter. To be called while there is one thread.
+pub fn one_heap() {
+    for (parameter, value) in [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_MAX, 0)] {
+        // SAFETY: takes two numbers; no other thread is in the allocator.
+        unsafe { libc::mallopt(parameter, value) };
+    }
 }
 
 /// Closes a descriptor of the original in the copy, where nothing runs destructors.

@@ -213,7 +213,7 @@ impl Slots {
     }
 }
 
-/// Serves queues until the [`Worker`] is dropped.
+/// Serves queues until [`Worker::end`], or as long as the process lives.
 pub fn run(mut server: impl Serve, mailbox: Mailbox) {
     let mut slots = Slots::default();
     loop {

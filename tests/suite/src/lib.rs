@@ -8,6 +8,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod escape;
+pub mod tracer;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

@@ -6,8 +6,10 @@
 
 mod suite {
     mod bad_input;
+    mod calls;
     mod console;
     mod device;
+    mod escapes;
     mod hostile;
     mod kills;
     mod outside;

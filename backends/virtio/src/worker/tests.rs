@@ -60,6 +60,6 @@ fn a_queue_is_handed_over_served_and_given_back() {
     let mut bytes = [0; 4];
     memory.read(memory.span(0x4000, 4).unwrap(), &mut bytes);
     assert_eq!(&bytes, b"done");
-    drop(worker);
+    worker.end();
     thread.join().unwrap();
 }
