@@ -13,8 +13,7 @@ const PER_QUEUE: u64 = 6;
 
 const QUEUE: &[Rule] = &[
     allow(libc::SYS_preadv2, "reads, straight into guest memory"),
-    allow(libc::SYS_pwritev2, "writes, straight from guest memory"),
-    allow(libc::SYS_pwrite64, "zeroes, where the file system has no better way"),
+    allow(libc::SYS_pwritev2, "writes, straight from guest memory; zeroes, where the file system has no better way"),
     allow(libc::SYS_fdatasync, "flushes"),
     allow(libc::SYS_fallocate, "discards and zeroes"),
 ];
