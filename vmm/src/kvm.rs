@@ -18,7 +18,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::register_signal_handler;
 
 use crate::memory::{KVM_PRIVATE, Memory};
 
@@ -301,7 +301,7 @@ impl Kick {
         let process = rustix::process::getpid().as_raw_nonzero().get();
         // SAFETY: tgkill takes three integers and touches no memory of ours. The thread lives as long as the process,
         // so the number cannot have been given to another one; if it had, the worst is a signal with an empty handler.
-        unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, SIGRTMIN()) };
+        unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, KICK) };
     }
 
     /// Lets the processor enter the guest again. Only its own thread may call this, before it looks for orders.
@@ -315,11 +315,14 @@ impl Kick {
     }
 }
 
+/// Not one of the real-time signals: of those, each one that is sent again while a processor is slow would wait in a queue.
+const KICK: libc::c_int = libc::SIGUSR1;
+
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 /// Installs the empty handler of the signal that [`Kick::kick`] sends: it exists to end a system call.
 pub fn install_kick_signal() -> io::Result<()> {
-    register_signal_handler(SIGRTMIN(), interrupted).map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    register_signal_handler(KICK, interrupted).map_err(|e| io::Error::from_raw_os_error(e.errno()))
 }
 
 /// What KVM says about an internal error: its kind; 1 is a failed emulation.

@@ -349,7 +349,7 @@ pub const PROBES: [Probe; 33] = [
     ("fork", |a| a.call(libc::SYS_clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0])),
     ("raise a limit", |a| {
         let wanted = a.bytes(0, &[4096u64.to_ne_bytes(), 4096u64.to_ne_bytes()].concat());
-        a.call(libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE.into(), wanted, 0, 0, 0])
+        a.call(libc::SYS_prlimit64, [0, libc::RLIMIT_CORE.into(), wanted, 0, 0, 0])
     }),
     ("execute a program", |a| {
         let (path, none) = (a.bytes(0, b"/bin/true\0"), a.bytes(1, &[0; 16]));
