@@ -4,6 +4,8 @@
 //! error number, or the end of the process, or an escape. A process can be started without one of its layers ([`Layer`]): the step that
 //! would have made it is left out, and everything else is as it is for users. What each layer is there for shows so.
 
+#![expect(clippy::cast_sign_loss, reason = "the C library's flags are signed, registers are not")]
+
 use std::io;
 use std::net::{TcpListener, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
@@ -120,7 +122,7 @@ impl Prisoner {
         let mut prisoner = Prisoner { child, tracer, control: parent, threads: Vec::new(), leaked: 0 };
         let (mut filtered, mut control_serves) = (Vec::new(), false);
         while !control_serves || prisoner.threads.len() < others {
-            let (tid, call) = match prisoner.tracer.next()? {
+            let (tid, call) = match prisoner.tracer.event()? {
                 Event::Call(tid, call) => (tid, call),
                 Event::Return(tid, _) => {
                     prisoner.tracer.go(tid);

@@ -114,7 +114,7 @@ impl Tracer {
     }
 
     /// Waits for the next event. `None`: nothing is left to be traced.
-    pub fn next(&mut self) -> Option<Event> {
+    pub fn event(&mut self) -> Option<Event> {
         if let Some(event) = self.later.pop_front() {
             return Some(event);
         }
@@ -163,7 +163,7 @@ impl Tracer {
 
     /// Lets everything run until it has ended; `each` sees every call.
     pub fn run(&mut self, mut each: impl FnMut(Pid, i64)) {
-        while let Some(event) = self.next() {
+        while let Some(event) = self.event() {
             match event {
                 Event::Call(tid, number) => {
                     each(tid, number);
@@ -232,7 +232,7 @@ impl Tracer {
     /// Runs until a thread that `wanted` names stands before a call.
     pub fn until_call(&mut self, mut wanted: impl FnMut(Pid, i64) -> bool) -> Option<Pid> {
         loop {
-            match self.next()? {
+            match self.event()? {
                 Event::Call(tid, number) if wanted(tid, number) => return Some(tid),
                 Event::Call(tid, _) | Event::Return(tid, _) => self.go(tid),
                 Event::Died(..) => {}
