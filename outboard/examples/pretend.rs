@@ -4,6 +4,7 @@
 //!
 //! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence;
 //! - `console:raw` makes the terminal raw and leaves it so;
+//! - every stand-in shows one counter of its own, 7, and one that is not its own;
 //! - `blk:1` fails with status 1 and a sentence, `blk:crash` aborts after serving for a moment, `console:leave` ends with 0.
 
 use std::ffi::OsString;
@@ -19,6 +20,7 @@ use std::{env, thread};
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg, sendmsg};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
+use virtio::metrics::{Counter, publish};
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args_os().map(|arg: OsString| arg.to_string_lossy().into_owned()).collect();
@@ -47,6 +49,7 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
     let Some(connection) = descriptor(args, "--fd") else {
         return ExitCode::from(2);
     };
+    count(name, args);
     let mut connection = UnixStream::from(connection);
     let _vmm_gone = connection.write_all(b"+");
     if !wish.is_empty() {
@@ -60,6 +63,17 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
     }
     let _hung_up = connection.read(&mut [0]);
     ExitCode::SUCCESS
+}
+
+/// What a process that is somebody else's by now would show: also what only the composer can know.
+fn count(name: &str, args: &[String]) {
+    static OWN: Counter = Counter::new();
+    static FORGED: Counter = Counter::new();
+    OWN.add(7);
+    FORGED.add(1000);
+    let own = if name == "blk" { "blk_reads" } else { "queue_kicks" };
+    let counters = [(own, &OWN, "Counted"), ("process_restarts", &FORGED, "Forged")];
+    let _not_shown = publish(descriptor(args, "--metrics-fd"), &counters, 0);
 }
 
 fn make_raw() {

@@ -27,6 +27,7 @@ pub mod control;
 pub mod error;
 pub mod janitor;
 pub mod machine;
+pub mod metrics;
 pub mod notices;
 pub mod ps;
 pub mod runtime;

@@ -18,6 +18,10 @@ use rustix::process::geteuid;
 
 /// The name of the control socket in the directory.
 pub const CONTROL: &str = "control";
+/// The name of the socket on which metrics are served.
+pub const METRICS: &str = "metrics";
+/// All that a machine keeps in its directory.
+const FILES: &[&str] = &[CONTROL, METRICS];
 /// How often making a directory is tried again because somebody removed a stale one meanwhile.
 const ATTEMPTS: usize = 8;
 
@@ -120,12 +124,16 @@ fn is_same(open: &File, path: &Path) -> bool {
 
 /// Removes what a machine keeps in its directory.
 fn empty(path: &Path) -> Result<()> {
-    match fs::remove_file(path.join(CONTROL)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("Cannot remove {}", path.join(CONTROL).display()))
+    for name in FILES {
+        let path = path.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("Cannot remove {}", path.display()));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 /// Removes a directory whose machine has ended without doing so. Does nothing to one that is in use.

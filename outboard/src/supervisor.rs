@@ -11,11 +11,12 @@ pub mod signals;
 pub mod slot;
 pub mod start;
 pub mod terminal;
+pub mod view;
 pub mod vmm;
 pub mod winddown;
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -26,14 +27,14 @@ use serde_json::json;
 
 use self::ending::{End, Wanted};
 use self::process::{Ending, Process};
-use self::programs::{Programs, VMM};
+use self::programs::Programs;
 use self::signals::{Request, Signals};
 use self::slot::Slot;
 use self::vmm::{Command, DeviceState, Event, Link};
-use crate::control::report::{self, Report};
+use crate::control::report;
 use crate::control::{Server, Wish};
 use crate::machine::{Backend, Machine, Restart};
-use crate::notices;
+use crate::{metrics, notices};
 
 pub use self::start::run;
 
@@ -57,10 +58,12 @@ pub struct Supervisor<'a> {
     vmm: Process,
     link: Link,
     control: Server,
+    metrics: metrics::server::Server,
     signals: Signals,
     stage: Stage,
     wanted: Wanted,
     press_at: Option<Instant>,
+    began: SystemTime,
     end: Option<End>,
     announce: bool,
 }
@@ -89,6 +92,8 @@ enum Source {
     Log(usize),
     NewClient,
     Client(usize),
+    NewScraper,
+    Scraper(usize),
 }
 
 impl Supervisor<'_> {
@@ -106,9 +111,12 @@ impl Supervisor<'_> {
                     Source::Log(index) => self.process_spoke(index),
                     Source::NewClient => self.control.accept(),
                     Source::Client(index) => self.client_spoke(index),
+                    Source::NewScraper => self.metrics.accept(),
+                    Source::Scraper(index) => self.scraped(index),
                 }
             }
             self.control.sweep();
+            self.metrics.sweep();
             self.do_what_is_due();
         }
         self.end.take().context("The machine has not ended")
@@ -117,7 +125,12 @@ impl Supervisor<'_> {
     /// Waits, and says what there is to do.
     fn wait(&self) -> Result<Vec<Source>> {
         let sources = self.sources();
-        let mut polled: Vec<PollFd<'_>> = sources.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        let flags = |source: &Source| match source {
+            Source::Scraper(index) => self.metrics.wants(*index),
+            _ => PollFlags::IN,
+        };
+        let mut polled: Vec<PollFd<'_>> =
+            sources.iter().map(|(source, fd)| PollFd::from_borrowed_fd(*fd, flags(source))).collect();
         let timeout = self.due().map(|due| due.saturating_duration_since(Instant::now()));
         // Rounded up to the next millisecond, so that the loop does not spin until something is due.
         let timeout = timeout.map(|left| Timespec::try_from(left + Duration::from_millis(1))).transpose()?;
@@ -144,6 +157,9 @@ impl Supervisor<'_> {
         let (listener, clients) = self.control.sources();
         sources.push((Source::NewClient, listener));
         sources.extend(clients.enumerate().map(|(index, fd)| (Source::Client(index), fd)));
+        let (listener, clients) = self.metrics.sources();
+        sources.push((Source::NewScraper, listener));
+        sources.extend(clients.enumerate().map(|(index, fd)| (Source::Scraper(index), fd)));
         sources
     }
 
@@ -290,14 +306,12 @@ impl Supervisor<'_> {
         poll(&mut polled, limit.as_ref()).is_ok_and(|ready| ready > 0)
     }
 
-    fn client_spoke(&mut self, index: usize) {
-        let report = self.report();
-        for wish in self.control.hear(index, &report) {
-            match wish {
-                Wish::PowerButton => self.press_power_button(None),
-                Wish::Reset => self.tell(&Command::Reset),
-                Wish::Quit => self.quit(Wanted::Now),
-            }
+    /// What a client wants.
+    fn grant(&mut self, wish: Wish) {
+        match wish {
+            Wish::PowerButton => self.press_power_button(None),
+            Wish::Reset => self.tell(&Command::Reset),
+            Wish::Quit => self.quit(Wanted::Now),
         }
     }
 
@@ -340,7 +354,7 @@ impl Supervisor<'_> {
             Stage::Ending(due) => Some(due),
             Stage::Starting | Stage::Running => None,
         };
-        self.slots.iter().filter_map(Slot::due).chain(stage).chain(self.press_at).min()
+        self.slots.iter().filter_map(Slot::due).chain(stage).chain(self.press_at).chain(self.metrics.due()).min()
     }
 
     fn do_what_is_due(&mut self) {
@@ -397,27 +411,5 @@ impl Supervisor<'_> {
             report.look();
             notices::line(&report::table(&[report]));
         }
-    }
-
-    fn report(&self) -> Report {
-        let status = match self.stage {
-            Stage::Starting => "prelaunch",
-            Stage::Running | Stage::Stopping(_) => "running",
-            Stage::Ending(_) => "shutdown",
-        };
-        let ours = |role: &str, program: &str, pid: i32, state: &str| report::Process {
-            role: role.to_owned(),
-            class: None,
-            program: program.to_owned(),
-            pid: Some(pid),
-            state: state.to_owned(),
-            restarts: 0,
-            uptime: Some(self.vmm.began.elapsed().as_secs()),
-            confinement: None,
-        };
-        let own_pid = rustix::process::getpid().as_raw_nonzero().get();
-        let mut processes = vec![ours("composer", "outboard", own_pid, "watching"), ours("vmm", VMM, self.vmm.pid, status)];
-        processes.extend(self.slots.iter().map(Slot::report));
-        Report { name: self.machine.name.clone(), status: status.to_owned(), processes }
     }
 }

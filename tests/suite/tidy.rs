@@ -202,6 +202,7 @@ mod tests {
             let all = sources(".").into_iter().filter(|(path, _)| path.contains(&format!("{device}/src/")));
             let text: String = all.clone().filter(|(path, _)| !path.ends_with("metrics.rs")).map(|(_, text)| text).collect();
             let metrics: String = all.filter(|(path, _)| path.ends_with("metrics.rs")).map(|(_, text)| text).collect();
+            assert!(text.contains("metrics::publish(startup.metrics()?, &metrics::ALL,"), "{device} shows no counter");
             for name in metrics.lines().filter_map(|line| line.strip_prefix("pub static ")?.split(':').next()) {
                 assert!(text.contains(&format!("metrics::{name}.add(")), "{device}: {name} is never counted");
                 assert!(metrics.contains(&format!("&{name},")), "{device}: {name} is not shown");

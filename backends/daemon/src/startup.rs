@@ -55,6 +55,7 @@ fn parse<A: Arguments>() -> std::result::Result<A, u8> {
 fn begin<A: Arguments>(args: A, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
     let mut inherited = args.inherited();
     inherited.extend(args.socket().and_then(|socket| socket.fd));
+    inherited.extend(args.base().metrics_fd);
     if !args.base().namespaced {
         let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
         return parent::run(&inherited, socket);
@@ -113,6 +114,14 @@ impl<A: Arguments> Startup<A> {
     /// When nothing is open under that number.
     pub fn inherited(&self, fd: RawFd) -> Result<OwnedFd> {
         sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} is not open"))
+    }
+
+    /// The page in which counters are to be shown, if somebody asked for them.
+    ///
+    /// # Errors
+    /// When nothing is open under the number that was given.
+    pub fn metrics(&self) -> Result<Option<OwnedFd>> {
+        self.args.base().metrics_fd.map(|fd| self.inherited(fd)).transpose()
     }
 
     /// Gives up everything that is not open. The socket, if the arguments name one, is opened before.

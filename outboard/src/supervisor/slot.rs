@@ -14,6 +14,7 @@ use sandbox::NetNamespace;
 use super::policy::Backoff;
 use super::process::{Order, Process};
 use super::programs::Programs;
+use super::view::seconds;
 use super::vmm::DeviceState;
 use crate::control::report;
 use crate::machine::{Backend, Class, Device, Machine, Program, Stdio};
@@ -162,6 +163,7 @@ impl<'a> Slot<'a> {
             restarts: self.restarts,
             uptime: Some(self.began.elapsed().as_secs()),
             confinement: None,
+            started: self.process.as_ref().and_then(|process| seconds(process.since)),
         }
     }
 

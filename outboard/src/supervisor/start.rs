@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::stdin;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use rustix::process::getpid;
@@ -22,8 +23,8 @@ use crate::args::{OnReboot, Run};
 use crate::control::Server;
 use crate::janitor::Janitor;
 use crate::machine::{Machine, Serial, Stdio, check, file, flags};
-use crate::notices;
 use crate::runtime::{self, RuntimeDir};
+use crate::{metrics, notices};
 
 /// The first number of the descriptors the VMM inherits.
 const FIRST: i32 = 3;
@@ -72,9 +73,10 @@ pub fn run(args: &Run) -> Result<u8> {
     let terminal = Terminal::remember(stdin());
     let janitor = Janitor::start(&dir, terminal.as_ref())?;
     let control = Server::new(&dir.path().join(runtime::CONTROL))?;
+    let metrics = metrics::server::Server::new(&dir.path().join(runtime::METRICS))?;
     let net = NetNamespace::new().context("Cannot make the machine's network namespace")?;
     give_up()?;
-    let parts = Parts { programs, net, signals, control };
+    let parts = Parts { programs, net, signals, control, metrics };
     let end = supervise(&machine, parts, args.announce);
     drop(terminal);
     drop(dir);
@@ -90,10 +92,11 @@ struct Parts {
     net: NetNamespace,
     signals: Signals,
     control: Server,
+    metrics: metrics::server::Server,
 }
 
 fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
-    let Parts { programs, net, signals, control } = parts;
+    let Parts { programs, net, signals, control, metrics } = parts;
     let mut slots: Vec<Slot<'_>> = machine.devices.iter().map(Slot::new).collect();
     let mut connections = Vec::new();
     for slot in &mut slots {
@@ -111,10 +114,12 @@ fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
         vmm,
         link,
         control,
+        metrics,
         signals,
         stage: Stage::Starting,
         wanted: Wanted::No,
         press_at: None,
+        began: SystemTime::now(),
         end: None,
         announce,
     };

@@ -5,3 +5,4 @@
 mod bad_input;
 mod life;
 mod machine;
+mod view;
