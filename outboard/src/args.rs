@@ -25,6 +25,10 @@ pub enum Command {
     Ps(Ps),
     /// Press a machine's power button, and end it if it does not power off
     Stop(Stop),
+    /// Say what this host offers, and what confines the processes of a running machine
+    ///
+    /// Exit status: 0 all is as it should be, 1 something is missing.
+    Doctor(Doctor),
     /// Clean up after a composer that was killed
     #[command(hide = true)]
     Janitor(Janitor),
@@ -129,6 +133,16 @@ pub struct Stop {
     /// How long the guest may take to power off before the machine is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// Look at the host and at a machine.
+#[derive(Debug, clap::Args)]
+pub struct Doctor {
+    /// Also look at the processes of this machine
+    pub name: Option<String>,
+    /// For programs: JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Stdin is a socket to the composer, stdout the runtime directory, stderr the terminal if there is one.

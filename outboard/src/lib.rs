@@ -24,6 +24,7 @@
 
 pub mod args;
 pub mod control;
+pub mod doctor;
 pub mod error;
 pub mod janitor;
 pub mod machine;
@@ -51,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => supervisor::run(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Stop(args) => stop::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Janitor(args) => janitor::run(&args),
     };
     match result {

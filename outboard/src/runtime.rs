@@ -16,6 +16,8 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
+use crate::machine::check;
+
 /// The name of the control socket in the directory.
 pub const CONTROL: &str = "control";
 /// The name of the socket on which metrics are served.
@@ -87,6 +89,16 @@ pub fn base() -> Result<PathBuf> {
     let base = dir.map_or_else(|| PathBuf::from(format!("/tmp/outboard-{user}")), |dir| dir.join("outboard"));
     private_dir(&base)?;
     Ok(base)
+}
+
+/// The directory of a machine that runs.
+pub fn find(name: &str) -> Result<PathBuf> {
+    check::name(name, "machine")?;
+    let dir = base()?.join(name);
+    if !dir.join(CONTROL).exists() {
+        bail!("No machine called `{name}` is running");
+    }
+    Ok(dir)
 }
 
 /// A directory that is ours alone, made if it is not there. In `/tmp` anybody could have made it before us, to read our control

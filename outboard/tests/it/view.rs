@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
+use serde_json::{Value, json};
+
 use crate::machine::{Machine, kill, process};
 
 const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n";
@@ -49,4 +51,28 @@ fn metrics_of_every_process_are_on_one_socket() {
     machine.run(&["stop", "web"]);
     assert_eq!(running.end().status, Some(0));
     assert!(machine.is_gone());
+}
+
+#[test]
+fn the_doctor_finds_what_is_not_confined() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let outcome = machine.run(&["doctor", "web", "--json"]);
+    let found: Value = serde_json::from_str(&outcome.stdout).unwrap();
+    // The stand-ins do not confine themselves: they still see the files of this host.
+    let root = found["machine"]["processes"].as_array().unwrap().iter().find(|one| one["role"] == "root").unwrap();
+    let state = |name: &str| {
+        let findings = root["findings"].as_array().unwrap();
+        findings.iter().find(|finding| finding["name"] == name).unwrap()["state"].clone()
+    };
+    assert_eq!((state("files"), state("namespaces")), (json!("missing"), json!("ok")), "{root:#}");
+    assert!(found["host"].as_array().unwrap().iter().any(|one| one["name"] == "programs" && one["state"] == "ok"));
+    assert_eq!(outcome.status, Some(1));
+    let text = machine.run(&["doctor", "web"]).stdout;
+    assert!(text.contains("    MISSING  files         it sees "), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let stranger = machine.run(&["doctor", "nobody"]);
+    assert_eq!((stranger.status, stranger.stderr.as_str()), (Some(1), "outboard: No machine called `nobody` is running\n"));
+    machine.run(&["stop", "web"]);
+    running.end();
 }
