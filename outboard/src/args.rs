@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::moment;
+
 /// Compose a virtual machine out of processes: a slim VMM, and one confined process for every device.
 #[derive(Debug, Parser)]
 #[command(name = "outboard", version)]
@@ -25,6 +27,10 @@ pub enum Command {
     Ps(Ps),
     /// Press a machine's power button, and end it if it does not power off
     Stop(Stop),
+    /// Show what has happened to a machine: starts, ends, restarts
+    Events(Events),
+    /// Show what the processes of a machine have said
+    Logs(Logs),
     /// Say what this host offers, and what confines the processes of a running machine
     ///
     /// Exit status: 0 all is as it should be, 1 something is missing.
@@ -133,6 +139,35 @@ pub struct Stop {
     /// How long the guest may take to power off before the machine is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// Show what has happened.
+#[derive(Debug, clap::Args)]
+pub struct Events {
+    /// The machine's name
+    pub name: String,
+    /// Go on until the machine ends
+    #[arg(long, short)]
+    pub follow: bool,
+    /// For programs: one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show what was said.
+#[derive(Debug, clap::Args)]
+pub struct Logs {
+    /// The machine's name
+    pub name: String,
+    /// Go on until the machine ends
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only of this process: composer, vmm or a device's name
+    #[arg(long, value_name = "PROCESS")]
+    pub process: Option<String>,
+    /// Only what is not older: 90s, 5m, 2h or 1d, or a moment such as 2026-11-22T10:43 (UTC)
+    #[arg(long, value_name = "WHEN", value_parser = moment::since)]
+    pub since: Option<String>,
 }
 
 /// Look at the host and at a machine.

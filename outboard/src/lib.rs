@@ -19,16 +19,21 @@
 //! | the composer, by a signal | the power button, a deadline, the end; a second signal ends at once |
 //! | the composer, by SIGKILL | the kernel kills every child; the [`janitor`] removes the directory and restores the terminal |
 //!
-//! The [`control`] socket of a running machine speaks QMP. [`ps`] and [`stop`] are its clients; they hold no state.
+//! The [`control`] socket of a running machine speaks QMP. [`ps`] and [`stop`] are its clients; they hold no state. What its
+//! processes say and what happens to them is kept beside it ([`journal`]), for [`logs`] and [`events`].
 #![forbid(unsafe_code)]
 
 pub mod args;
 pub mod control;
 pub mod doctor;
 pub mod error;
+pub mod events;
 pub mod janitor;
+pub mod journal;
+pub mod logs;
 pub mod machine;
 pub mod metrics;
+pub mod moment;
 pub mod notices;
 pub mod ps;
 pub mod runtime;
@@ -52,6 +57,8 @@ pub fn main() -> ExitCode {
         Command::Run(args) => supervisor::run(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Stop(args) => stop::run(&args),
+        Command::Events(args) => events::run(&args),
+        Command::Logs(args) => logs::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Janitor(args) => janitor::run(&args),
     };

@@ -6,14 +6,38 @@
 
 use std::io::{Write, stderr};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OutputModes, tcgetattr};
 
+use crate::journal::Journal;
+use crate::moment;
+
 static DROPPED: AtomicU64 = AtomicU64::new(0);
+static KEPT: OnceLock<Mutex<Journal>> = OnceLock::new();
+
+/// What was said is kept there, too.
+pub fn keep(journal: Journal) {
+    let _kept_already = KEPT.set(Mutex::new(journal));
+}
+
+/// A line that is kept and not shown.
+pub fn note(text: &str) {
+    if let Some(journal) = KEPT.get() {
+        let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+        journal.append(&format!("{} {text}", moment::now()));
+    }
+}
+
+/// One line on stderr, and in what is kept.
+pub fn line(text: &str) {
+    note(text);
+    show(text);
+}
 
 /// One line (or several) on stderr.
-pub fn line(text: &str) {
+pub fn show(text: &str) {
     let stderr = stderr();
     let mut ready = [PollFd::new(&stderr, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

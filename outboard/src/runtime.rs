@@ -1,6 +1,7 @@
 //! The runtime directory of a machine: its name, its lock, its control socket.
 //!
-//! Theory of operation: `BASE/NAME` is a directory of mode 0700 that holds one socket. Who has the directory open and locked
+//! Theory of operation: `BASE/NAME` is a directory of mode 0700 that holds its sockets and what is kept of its log
+//! and events. Who has the directory open and locked
 //! (`flock`) owns the machine's name; the kernel releases the lock however its owner ends. A directory nobody has locked is
 //! stale, and whoever meets it first may remove it: a new machine of that name, the janitor, or `ps`. Removal happens under
 //! the lock, so that it never hits a machine that is just starting.
@@ -23,7 +24,11 @@ pub const CONTROL: &str = "control";
 /// The name of the socket on which metrics are served.
 pub const METRICS: &str = "metrics";
 /// All that a machine keeps in its directory.
-const FILES: &[&str] = &[CONTROL, METRICS];
+const FILES: &[&str] = &[CONTROL, METRICS, LOG, "log.1", EVENTS, "events.1"];
+/// What the processes have said.
+pub const LOG: &str = "log";
+/// What has happened.
+pub const EVENTS: &str = "events";
 /// How often making a directory is tried again because somebody removed a stale one meanwhile.
 const ATTEMPTS: usize = 8;
 
@@ -89,6 +94,14 @@ pub fn base() -> Result<PathBuf> {
     let base = dir.map_or_else(|| PathBuf::from(format!("/tmp/outboard-{user}")), |dir| dir.join("outboard"));
     private_dir(&base)?;
     Ok(base)
+}
+
+/// Where what was in this file before goes.
+#[must_use]
+pub fn older(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".1");
+    name.into()
 }
 
 /// The directory of a machine that runs.

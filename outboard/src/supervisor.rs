@@ -23,16 +23,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use sandbox::NetNamespace;
-use serde_json::json;
 
 use self::ending::{End, Wanted};
 use self::process::{Ending, Process};
 use self::programs::Programs;
 use self::signals::{Request, Signals};
 use self::slot::Slot;
-use self::vmm::{Command, DeviceState, Event, Link};
+use self::vmm::{Command, DeviceState, Link};
 use crate::control::report;
 use crate::control::{Server, Wish};
+use crate::events::{Event, What};
+use crate::journal::Journal;
 use crate::machine::{Backend, Machine, Restart};
 use crate::{metrics, notices};
 
@@ -59,6 +60,7 @@ pub struct Supervisor<'a> {
     link: Link,
     control: Server,
     metrics: metrics::server::Server,
+    events: Journal,
     signals: Signals,
     stage: Stage,
     wanted: Wanted,
@@ -190,10 +192,10 @@ impl Supervisor<'_> {
         while let Some(event) = self.link.receive() {
             match event {
                 Err(error) => notices::line(&format!("outboard: {error:#}")),
-                Ok(Event::Started) => self.started(),
-                Ok(Event::Device { device, state, reason }) => self.device_changed(&device, state, reason),
-                Ok(Event::Guest { what }) => self.guest_did(&what),
-                Ok(Event::Error { message }) => {
+                Ok(vmm::Event::Started) => self.started(),
+                Ok(vmm::Event::Device { device, state, reason }) => self.device_changed(&device, state, reason),
+                Ok(vmm::Event::Guest { what }) => self.guest_did(&what),
+                Ok(vmm::Event::Error { message }) => {
                     notices::line(&format!("vmm: {}", notices::printable(&message)));
                 }
             }
@@ -205,7 +207,7 @@ impl Supervisor<'_> {
             self.stage = Stage::Running;
         }
         self.vmm.log.release();
-        self.control.announce("RESUME", &json!({}));
+        self.happened(&Event::new(What::Started));
         self.announce_once();
     }
 
@@ -214,8 +216,16 @@ impl Supervisor<'_> {
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.device.name == device) else {
             return;
         };
+        let what = match state {
+            DeviceState::Connected if slot.served => What::DeviceBack,
+            DeviceState::Connected => What::DeviceConnected,
+            DeviceState::Lost => What::DeviceLost,
+            DeviceState::Degraded => What::DeviceDegraded,
+        };
         slot.note(state);
-        let reason = reason.map_or_else(String::new, |reason| format!(": {}", notices::printable(&reason)));
+        let reason = reason.map(|reason| notices::printable(&reason));
+        let event = Event::of(what, device).because(reason.clone());
+        let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
         match (state, &slot.device.backend) {
             (DeviceState::Connected, _) => {}
             (DeviceState::Degraded, _) => notices::line(&format!("{device}: degraded{reason}")),
@@ -227,19 +237,17 @@ impl Supervisor<'_> {
                 notices::line(&format!("{device}: the connection to {} is lost{reason}", path.display()));
             }
         }
-        let data = json!({"device": device, "state": state});
-        self.control.announce("OUTBOARD_DEVICE", &data);
+        self.happened(&event);
         self.announce_once();
     }
 
     fn guest_did(&mut self, what: &str) {
-        let event = match what {
-            "reset" => "RESET",
-            "shutdown" => "SHUTDOWN",
-            "panic" => "GUEST_PANICKED",
-            _ => "STOP",
-        };
-        self.control.announce(event, &json!({"guest": true, "reason": format!("guest-{what}")}));
+        self.happened(&Event::new(match what {
+            "reset" => What::GuestRebooted,
+            "shutdown" => What::GuestPoweredOff,
+            "panic" => What::GuestPanicked,
+            _ => What::GuestTripleFault,
+        }));
     }
 
     fn vmm_ended(&mut self) {
@@ -288,10 +296,12 @@ impl Supervisor<'_> {
             }
             return self.press_power_button(Some(POWER_OFF_LIMIT));
         }
+        self.happened(&Event::of(What::ProcessEnded, &name).because(Some(ending.to_string())));
         let Some(slot) = self.slots.get_mut(index) else {
             return;
         };
         if self.machine.restart == Restart::Never {
+            self.happened(&Event::of(What::GaveUp, &name).because(Some("restart is `never`".to_owned())));
             return notices::line(&format!("{name}: the process {ending}; it is not started again"));
         }
         let delay = slot.schedule();
@@ -318,7 +328,7 @@ impl Supervisor<'_> {
     /// Asks the guest to power off, and keeps its time if there is a limit.
     fn press_power_button(&mut self, limit: Option<Duration>) {
         self.tell(&Command::PowerButton);
-        self.control.announce("POWERDOWN", &json!({}));
+        self.happened(&Event::new(What::PowerButton));
         self.wanted = Wanted::PowerOff;
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         self.press_at = deadline.and_then(|_| Instant::now().checked_add(PRESS_AGAIN));
@@ -396,10 +406,16 @@ impl Supervisor<'_> {
                 return notices::line(&format!("{}: {error:#}; again in {:.1} s", slot.device.name, delay.as_secs_f32()));
             }
         };
+        let restarted = Event {
+            pid: slot.process.as_ref().map(|process| process.pid),
+            restarts: Some(slot.restarts),
+            ..Event::of(What::ProcessRestarted, &slot.device.name)
+        };
         let command = Command::Replug { device: &slot.device.name };
         if let Err(error) = self.link.send(&command, Some(connection.as_fd())) {
             notices::line(&format!("outboard: {error:#}"));
         }
+        self.happened(&restarted);
     }
 
     /// The table of processes, once everything runs.
@@ -409,7 +425,7 @@ impl Supervisor<'_> {
             self.announce = false;
             let mut report = self.report();
             report.look();
-            notices::line(&report::table(&[report]));
+            notices::show(&report::table(&[report]));
         }
     }
 }

@@ -22,10 +22,15 @@ use super::{Stage, Supervisor};
 use crate::args::{OnReboot, Run};
 use crate::control::Server;
 use crate::janitor::Janitor;
+use crate::journal::Journal;
 use crate::machine::{Machine, Serial, Stdio, check, file, flags};
 use crate::runtime::{self, RuntimeDir};
 use crate::{metrics, notices};
 
+/// What is kept of the processes' words, twice: some ten thousand lines. A runtime directory lies in memory.
+const LOG_LIMIT: usize = 512 * 1024;
+/// What is kept of the events, twice: a few thousand.
+const EVENTS_LIMIT: usize = 256 * 1024;
 /// The first number of the descriptors the VMM inherits.
 const FIRST: i32 = 3;
 
@@ -73,16 +78,18 @@ pub fn run(args: &Run) -> Result<u8> {
     let terminal = Terminal::remember(stdin());
     let janitor = Janitor::start(&dir, terminal.as_ref())?;
     let control = Server::new(&dir.path().join(runtime::CONTROL))?;
+    notices::keep(Journal::new(dir.path().join(runtime::LOG), LOG_LIMIT)?);
+    let events = Journal::new(dir.path().join(runtime::EVENTS), EVENTS_LIMIT)?;
     let metrics = metrics::server::Server::new(&dir.path().join(runtime::METRICS))?;
     let net = NetNamespace::new().context("Cannot make the machine's network namespace")?;
     give_up()?;
-    let parts = Parts { programs, net, signals, control, metrics };
+    let parts = Parts { programs, net, signals, control, metrics, events };
     let end = supervise(&machine, parts, args.announce);
     drop(terminal);
     drop(dir);
     drop(janitor);
     let end = end?;
-    notices::line(&format!("{}: {}", machine.name, end.sentence));
+    notices::show(&format!("{}: {}", machine.name, end.sentence));
     Ok(end.status)
 }
 
@@ -93,10 +100,11 @@ struct Parts {
     signals: Signals,
     control: Server,
     metrics: metrics::server::Server,
+    events: Journal,
 }
 
 fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
-    let Parts { programs, net, signals, control, metrics } = parts;
+    let Parts { programs, net, signals, control, metrics, events } = parts;
     let mut slots: Vec<Slot<'_>> = machine.devices.iter().map(Slot::new).collect();
     let mut connections = Vec::new();
     for slot in &mut slots {
@@ -115,6 +123,7 @@ fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
         link,
         control,
         metrics,
+        events,
         signals,
         stage: Stage::Starting,
         wanted: Wanted::No,
@@ -124,6 +133,9 @@ fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
         announce,
     };
     let end = supervisor.run();
+    if let Ok(end) = &end {
+        supervisor.ended(end);
+    }
     supervisor.wind_down();
     end
 }

@@ -5,15 +5,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use virtio::metrics::page;
 
+use super::ending::End;
 use super::process::Process;
 use super::programs::VMM;
 use super::slot::Slot;
 use super::{Stage, Supervisor};
 use crate::control::report::{self, Report};
 use crate::control::{self, Ask};
+use crate::events::{Event, What};
 use crate::machine::Machine;
 use crate::metrics::usage::Usage;
 use crate::metrics::{Sample, Stats, own, text};
+use crate::notices;
 
 /// What of the supervisor can be seen. It borrows only that, so that a client can be answered meanwhile.
 #[derive(Debug)]
@@ -96,6 +99,23 @@ impl control::Machine for View<'_> {
 impl Supervisor<'_> {
     pub(super) fn report(&self) -> Report {
         View::new(self.machine, &self.vmm, &self.slots, self.stage, self.began).report()
+    }
+
+    /// Keeps it, and tells it to the clients of the control socket.
+    pub(super) fn happened(&mut self, event: &Event) {
+        if let Ok(line) = serde_json::to_string(event) {
+            self.events.append(&line);
+        }
+        if let Some((name, data)) = event.qmp() {
+            self.control.announce(name, &data);
+        }
+    }
+
+    /// The last event. The sentence itself is shown when everything is put back.
+    pub(super) fn ended(&mut self, end: &End) {
+        notices::note(&format!("{}: {}", self.machine.name, end.sentence));
+        let event = Event::new(What::Ended).because(Some(end.sentence.clone()));
+        self.happened(&Event { status: Some(end.status), ..event });
     }
 
     pub(super) fn client_spoke(&mut self, index: usize) {

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
 
-use crate::machine::{Machine, kill, process};
+use crate::machine::{Machine, Outcome, kill, process};
 
 const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n";
 
@@ -75,4 +75,79 @@ fn the_doctor_finds_what_is_not_confined() {
     assert_eq!((stranger.status, stranger.stderr.as_str()), (Some(1), "outboard: No machine called `nobody` is running\n"));
     machine.run(&["stop", "web"]);
     running.end();
+}
+
+/// The events of a machine that has run, in the words of `events --json`.
+fn events(machine: &Machine, args: &[&str]) -> Vec<Value> {
+    let outcome = machine.run(&[&["events", "web", "--json"], args].concat());
+    assert_eq!((outcome.status, outcome.stderr.as_str()), (Some(0), ""));
+    outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn events_tell_the_story_of_a_machine_to_its_end() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let follower = machine.command(&["events", "web", "--follow", "--json"]).spawn().unwrap();
+    let pid = running.pid("root");
+    kill("-KILL", pid);
+    running.until("it is back", |report| {
+        let root = process(report, "root");
+        root["state"] == "connected" && root["restarts"] == 1
+    });
+    let so_far = events(&machine, &[]);
+    let of = |list: &[Value], device: &str| {
+        let of = list.iter().filter(|event| event["device"] == device);
+        of.map(|event| event["event"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(of(&so_far, "root"), ["device-connected", "process-ended", "process-restarted", "device-back"], "{so_far:#?}");
+    assert_eq!(so_far[0]["event"], "started");
+    let ended = so_far.iter().find(|event| event["event"] == "process-ended").unwrap();
+    assert_eq!(ended["reason"], "was killed by signal 9");
+    let people = machine.run(&["events", "web"]).stdout;
+    assert!(people.lines().any(|line| line.ends_with("process ended      root      was killed by signal 9")), "{people}");
+    machine.run(&["stop", "web"]);
+    running.end();
+    let followed = Outcome::from(&follower.wait_with_output().unwrap());
+    let last: Vec<Value> = followed.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(followed.status, Some(0));
+    assert_eq!(last[..so_far.len()], so_far[..]);
+    let names: Vec<&str> = last[so_far.len()..].iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["power-button", "ended"]);
+    assert_eq!((&last.last().unwrap()["status"], &last.last().unwrap()["reason"]), (&json!(0), &json!("The guest powered off.")));
+}
+
+#[test]
+fn logs_are_kept_beside_what_is_shown() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let follower = machine.command(&["logs", "web", "--follow"]).spawn().unwrap();
+    for _ in 0..2 {
+        let before = running.pid("root");
+        kill("-KILL", before);
+        running.until("it is back", |report| {
+            let root = process(report, "root");
+            root["state"] == "connected" && root["pid"].as_u64() != Some(before)
+        });
+    }
+    let lines = |args: &[&str]| {
+        let outcome = machine.run(&[&["logs", "web"], args].concat());
+        assert_eq!(outcome.status, Some(0), "{}", outcome.stderr);
+        outcome.stdout.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let all = lines(&[]);
+    assert_eq!(all.len(), 2, "{all:?}");
+    assert!(all[0].ends_with("Z root: the process was killed by signal 9; starting it again at once"), "{all:?}");
+    assert_eq!(lines(&["--process", "root"]), all);
+    assert_eq!(lines(&["--process", "entropy"]), [""; 0]);
+    assert_eq!(lines(&["--since", "1h"]), all);
+    assert_eq!(lines(&["--since", "2999-01-01"]), [""; 0]);
+    let wrong = machine.run(&["logs", "web", "--since", "yesterday"]);
+    assert!(wrong.status == Some(2) && wrong.stderr.contains("write 90s, 5m, 2h or 1d"), "{}", wrong.stderr);
+    machine.run(&["stop", "web"]);
+    let outcome = running.end();
+    let followed = Outcome::from(&follower.wait_with_output().unwrap());
+    let said: Vec<&str> = followed.stdout.lines().map(|line| line.split_once(' ').unwrap().1).collect();
+    assert_eq!(said, outcome.stderr.lines().collect::<Vec<_>>(), "what was shown is what is kept");
+    assert!(machine.is_gone());
 }

@@ -1,0 +1,37 @@
+//! `outboard logs`: what the processes of a running machine have said.
+
+use std::io::{ErrorKind, Write, stdout};
+
+use anyhow::{Context, Result};
+
+use crate::args::Logs;
+use crate::journal::Reader;
+use crate::runtime;
+
+/// How the composer calls itself in its lines.
+const COMPOSER: &str = "outboard";
+
+/// The command.
+pub fn run(args: &Logs) -> Result<u8> {
+    let mut reader = Reader::open(runtime::find(&args.name)?.join(runtime::LOG))?;
+    while let Some(line) = reader.next(args.follow)? {
+        if !is_wanted(&line, args) {
+            continue;
+        }
+        match writeln!(stdout(), "{line}") {
+            // Whoever reads us has enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
+            written => written.context("Cannot write to stdout")?,
+        }
+    }
+    Ok(0)
+}
+
+/// A line is a moment, a space, a name, a colon and what was said.
+fn is_wanted(line: &str, args: &Logs) -> bool {
+    let (time, rest) = line.split_once(' ').unwrap_or_default();
+    let name = rest.split(':').next().unwrap_or_default();
+    let name = if name == COMPOSER { "composer" } else { name };
+    let of_process = args.process.as_ref().is_none_or(|wanted| name == wanted);
+    of_process && args.since.as_ref().is_none_or(|since| time >= since.as_str())
+}
