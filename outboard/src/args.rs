@@ -27,6 +27,8 @@ pub enum Command {
     Ps(Ps),
     /// Press a machine's power button, and end it if it does not power off
     Stop(Stop),
+    /// Show what each process uses and does, again and again
+    Top(Top),
     /// Show what has happened to a machine: starts, ends, restarts
     Events(Events),
     /// Show what the processes of a machine have said
@@ -139,6 +141,27 @@ pub struct Stop {
     /// How long the guest may take to power off before the machine is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// Show what each process uses and does.
+#[derive(Debug, clap::Args)]
+pub struct Top {
+    /// Only this machine
+    pub name: Option<String>,
+    /// Show it once, after one interval, and end
+    #[arg(long)]
+    pub once: bool,
+    /// How long to wait between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = interval)]
+    pub interval: f64,
+    /// For programs: one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn interval(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "it is not a number".to_owned())?;
+    if (0.1..=3600.0).contains(&seconds) { Ok(seconds) } else { Err("it must be between 0.1 and 3600".to_owned()) }
 }
 
 /// Show what has happened.

@@ -6,14 +6,12 @@
 pub mod host;
 pub mod process;
 
-use std::io::{Write, stdout};
-
 use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::args::Doctor;
 use crate::control::client::Client;
-use crate::{runtime, table};
+use crate::{notices, runtime, table};
 
 /// Something that was looked at.
 #[derive(Debug, Serialize, PartialEq, Eq)]
@@ -95,7 +93,7 @@ pub fn run(args: &Doctor) -> Result<u8> {
     } else {
         findings.text()
     };
-    stdout().write_all(text.as_bytes()).context("Cannot write to stdout")?;
+    notices::answer(&text)?;
     Ok(u8::from(findings.all().any(|finding| finding.state == State::Missing)))
 }
 

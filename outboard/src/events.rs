@@ -1,15 +1,13 @@
 //! What happens to a machine, said once and heard in two ways: kept as a line of JSON for `outboard events`, and told to the
 //! clients of the control socket in QMP's words.
 
-use std::io::{ErrorKind, Write, stdout};
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::args::Events;
 use crate::journal::Reader;
-use crate::{moment, runtime};
+use crate::{moment, notices, runtime};
 
 /// What can happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,10 +130,8 @@ pub fn run(args: &Events) -> Result<u8> {
     let mut reader = Reader::open(runtime::find(&args.name)?.join(runtime::EVENTS))?;
     while let Some(line) = reader.next(args.follow)? {
         let line = if args.json { line } else { serde_json::from_str(&line).map_or(line, |event: Event| event.line()) };
-        match writeln!(stdout(), "{line}") {
-            // Whoever reads us has enough.
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
-            written => written.context("Cannot write to stdout")?,
+        if !notices::answer(&format!("{line}\n"))? {
+            break;
         }
     }
     Ok(0)

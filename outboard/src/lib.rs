@@ -40,6 +40,7 @@ pub mod runtime;
 pub mod stop;
 pub mod supervisor;
 pub mod table;
+pub mod top;
 
 use std::process::ExitCode;
 
@@ -57,6 +58,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => supervisor::run(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Stop(args) => stop::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Logs(args) => logs::run(&args),
         Command::Doctor(args) => doctor::run(&args),

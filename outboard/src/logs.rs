@@ -1,12 +1,10 @@
 //! `outboard logs`: what the processes of a running machine have said.
 
-use std::io::{ErrorKind, Write, stdout};
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::args::Logs;
 use crate::journal::Reader;
-use crate::runtime;
+use crate::{notices, runtime};
 
 /// How the composer calls itself in its lines.
 const COMPOSER: &str = "outboard";
@@ -18,10 +16,8 @@ pub fn run(args: &Logs) -> Result<u8> {
         if !is_wanted(&line, args) {
             continue;
         }
-        match writeln!(stdout(), "{line}") {
-            // Whoever reads us has enough.
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
-            written => written.context("Cannot write to stdout")?,
+        if !notices::answer(&format!("{line}\n"))? {
+            break;
         }
     }
     Ok(0)

@@ -4,10 +4,11 @@
 //! raw, where a line feed does not return to the margin. And whoever reads our stderr may have stopped reading: a
 //! supervisor that blocks in a write no longer supervises, so a line that does not fit is dropped and counted.
 
-use std::io::{Write, stderr};
+use std::io::{ErrorKind, Write, stderr, stdout};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OutputModes, tcgetattr};
 
@@ -57,6 +58,14 @@ pub fn show(text: &str) {
     }
     // There is nobody left to tell if this fails.
     drop(stderr.lock().write_all(whole.as_bytes()));
+}
+
+/// An answer on stdout. `false`: nobody reads it any more, which is no error.
+pub fn answer(text: &str) -> Result<bool> {
+    match stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).context("Cannot write to stdout"),
+    }
 }
 
 fn is_raw() -> bool {

@@ -3,9 +3,11 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::{Value, json};
 
-use crate::machine::{Machine, Outcome, kill, process};
+use crate::machine::{Machine, Outcome, kill, process, terminal};
 
 const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n";
 
@@ -150,4 +152,67 @@ fn logs_are_kept_beside_what_is_shown() {
     let said: Vec<&str> = followed.stdout.lines().map(|line| line.split_once(' ').unwrap().1).collect();
     assert_eq!(said, outcome.stderr.lines().collect::<Vec<_>>(), "what was shown is what is kept");
     assert!(machine.is_gone());
+}
+
+#[test]
+fn top_shows_every_process_once_or_as_json() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let text = machine.run(&["top", "web", "--once", "--interval", "0.2"]).stdout;
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("web: 4 processes, "), "{text}");
+    assert!(lines[1].starts_with("PROCESS    STATE       CPU%    RES   PRIV RST   UP"), "{text}");
+    for (line, start) in
+        lines[2..].iter().zip(["composer   watching", "vmm        running", "root       connected", "entropy    connected"])
+    {
+        assert!(line.starts_with(start), "{text}");
+    }
+    assert_eq!(lines.len(), 6, "{text}");
+    let json = machine.run(&["top", "--once", "--interval", "0.2", "--json"]).stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    let root = &json["machines"][0]["processes"][2];
+    assert_eq!(
+        (&root["role"], &root["counters"]["blk_reads"], &root["rates"]["requests"]),
+        (&json!("root"), &json!(7), &json!(0.0))
+    );
+    let wrong = machine.run(&["top", "--interval", "0"]);
+    assert!(wrong.status == Some(2) && wrong.stderr.contains("between 0.1 and 3600"), "{}", wrong.stderr);
+    assert_eq!(machine.run(&["top", "nobody"]).stderr, "outboard: No machine called `nobody` is running\n");
+    machine.run(&["stop", "web"]);
+    running.end();
+}
+
+#[test]
+fn top_gives_the_terminal_back() {
+    for (key, signal) in [(Some(b'q'), None), (Some(3), None), (None, Some(Signal::TERM))] {
+        let machine = Machine::new().file(DEVICES);
+        let running = machine.start();
+        let (mut controller, terminal) = terminal();
+        let before = tcgetattr(&terminal).unwrap();
+        let mut command = machine.command(&["top", "web"]);
+        command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap());
+        let child = command.spawn().unwrap();
+        let mut seen = Vec::new();
+        while !String::from_utf8_lossy(&seen).contains("entropy") {
+            let mut piece = [0; 4096];
+            let count = controller.read(&mut piece).unwrap();
+            seen.extend_from_slice(&piece[..count]);
+        }
+        assert!(!tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ECHO));
+        match (key, signal) {
+            (Some(key), _) => controller.write_all(&[key]).unwrap(),
+            (None, signal) => kill_process(Pid::from_child(&child), signal.unwrap()).unwrap(),
+        }
+        let ended = Outcome::from(&child.wait_with_output().unwrap());
+        assert_eq!((ended.status, ended.stderr.as_str()), (Some(0), ""));
+        assert_eq!(tcgetattr(&terminal).unwrap().local_modes, before.local_modes);
+        let mut rest = [0; 4096];
+        let count = controller.read(&mut rest).unwrap();
+        assert!(
+            String::from_utf8_lossy(&rest[..count]).ends_with("\x1b[?25h\x1b[?1049l"),
+            "the cursor and the page are put back"
+        );
+        machine.run(&["stop", "web"]);
+        running.end();
+    }
 }

@@ -12,4 +12,5 @@ mod guest {
     mod life;
     mod machine;
     mod outside;
+    mod view;
 }
