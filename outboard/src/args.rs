@@ -23,6 +23,12 @@ pub enum Command {
     /// Exit status: 0 the guest powered off, 1 something failed, 2 wrong usage, 3 the guest rebooted and `--on-reboot exit`
     /// was asked for, 4 the guest's kernel panicked, 5 the guest's processor shut down (triple fault).
     Run(Box<Run>),
+    /// Look for all mistakes in a machine file, and start nothing
+    ///
+    /// Exit status: 0 it makes sense, 1 it cannot be read, 2 something is wrong.
+    Check(Check),
+    /// Print the JSON Schema of the machine file
+    Schema(Schema),
     /// Show the machines that run, and which process serves which device
     Ps(Ps),
     /// Press a machine's power button, and end it if it does not power off
@@ -121,6 +127,22 @@ pub enum OnReboot {
     Restart,
     /// End with exit status 3.
     Exit,
+}
+
+/// Look for mistakes.
+#[derive(Debug, clap::Args)]
+pub struct Check {
+    /// The machine file
+    #[arg(value_name = "MACHINE.TOML")]
+    pub file: PathBuf,
+}
+
+/// Print the schema.
+#[derive(Debug, clap::Args)]
+pub struct Schema {
+    /// The reference in Markdown instead, as it stands in docs/machine-file.md
+    #[arg(long)]
+    pub markdown: bool,
 }
 
 /// Show the machines that run.

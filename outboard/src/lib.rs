@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod check;
 pub mod control;
 pub mod doctor;
 pub mod error;
@@ -48,6 +49,7 @@ use clap::Parser;
 
 use args::{Args, Command};
 use error::Usage;
+use machine::schema;
 
 /// Wrong usage, as opposed to something that failed.
 const USAGE: u8 = 2;
@@ -56,6 +58,8 @@ const USAGE: u8 = 2;
 pub fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Run(args) => supervisor::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Schema(args) => schema(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Stop(args) => stop::run(&args),
         Command::Top(args) => top::run(&args),
@@ -71,4 +75,11 @@ pub fn main() -> ExitCode {
             ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
         }
     }
+}
+
+/// Prints the schema.
+fn schema(args: &args::Schema) -> anyhow::Result<u8> {
+    let text = if args.markdown { schema::page::page() } else { format!("{:#}\n", schema::json::schema()) };
+    notices::answer(&text)?;
+    Ok(0)
 }

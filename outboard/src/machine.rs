@@ -7,6 +7,7 @@ pub mod check;
 pub mod file;
 pub mod flags;
 pub mod nearest;
+pub mod schema;
 pub mod size;
 
 use std::ffi::OsString;

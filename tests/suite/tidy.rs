@@ -211,6 +211,19 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_file_knows_the_classes_of_the_vmm() {
+        let quoted = |text: &str, before: &str| -> BTreeSet<String> {
+            text.split(before).skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned).collect()
+        };
+        let vmm = fs::read_to_string(root().join("vmm/src/classes.rs")).unwrap();
+        let schema = fs::read_to_string(root().join("outboard/src/machine/schema.rs")).unwrap();
+        let line = schema.lines().find(|line| line.starts_with("pub const CLASSES")).unwrap();
+        let known: BTreeSet<String> = line.split('"').skip(1).step_by(2).map(str::to_owned).collect();
+        let rows = vmm.split_once("pub static CLASSES").unwrap().1.split_once("];").unwrap().0;
+        assert_eq!(known, quoted(rows, "name: \""));
+    }
+
+    #[test]
     fn each_system_call_has_its_reason() {
         for (path, text) in sources(".").into_iter().filter(|(path, _)| path.ends_with("/sandbox.rs")) {
             assert!(!text.contains(", \"\")"), "{path}: a rule without a reason");
