@@ -68,6 +68,8 @@ impl<'a> Slot<'a> {
     pub fn start(&mut self, machine: &Machine, programs: &Programs, net: &NetNamespace) -> Result<OwnedFd> {
         self.retry_at = None;
         self.kill_at = None;
+        // What the VMM said was about the predecessor.
+        self.state = None;
         self.began = Instant::now();
         match &self.device.backend {
             Backend::Socket(path) => connect_to(path)
