@@ -13,6 +13,7 @@ const MOST_KEPT: i64 = 16 << 20;
 #[command(
     name = "outboard-console",
     version,
+    override_usage = "outboard-console [OPTIONS] <--terminal|--pty|--file <PATH>|--socket <PATH>> <--socket-path <PATH>|--fd <FD>>\n       outboard-console --print-capabilities",
     after_help = "On a terminal, Ctrl-] q leaves, and Ctrl-] Ctrl-] sends Ctrl-] to the guest."
 )]
 pub struct Args {
