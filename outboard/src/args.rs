@@ -33,6 +33,8 @@ pub enum Command {
     Ps(Ps),
     /// Press a machine's power button, and end it if it does not power off
     Stop(Stop),
+    /// Attach this terminal to a machine's console; `Ctrl-] q` detaches
+    Console(Console),
     /// Show what each process uses and does, again and again
     Top(Top),
     /// Show what has happened to a machine: starts, ends, restarts
@@ -43,6 +45,10 @@ pub enum Command {
     ///
     /// Exit status: 0 all is as it should be, 1 something is missing.
     Doctor(Doctor),
+    /// Print a shell's completions of this command
+    Completions(Completions),
+    /// Print this command's manual page, or write all pages
+    Man(Man),
     /// Clean up after a composer that was killed
     #[command(hide = true)]
     Janitor(Janitor),
@@ -53,11 +59,17 @@ pub enum Command {
 #[command(arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Run {
     /// The machine file; everything below is for machines without one
-    #[arg(value_name = "MACHINE.TOML", conflicts_with = "flags", required_unless_present = "kernel")]
+    #[arg(value_name = "MACHINE.TOML")]
     pub file: Option<PathBuf>,
     /// Show, once all devices are connected, which process serves which device
     #[arg(long)]
     pub announce: bool,
+    /// Return once the machine runs, and leave it in the background; a console on the terminal becomes one to attach to
+    #[arg(long, conflicts_with = "announce")]
+    pub detach: bool,
+    /// This is the machine in the background
+    #[arg(long, hide = true)]
+    pub background: bool,
     /// The machine, in flags.
     #[command(flatten)]
     pub flags: Flags,
@@ -71,7 +83,6 @@ Examples:
 
 /// A machine in flags.
 #[derive(Debug, Default, clap::Args)]
-#[group(id = "flags", multiple = true)]
 pub struct Flags {
     /// The machine's name, for `ps` and `stop` [default: machine-PID]
     #[arg(long)]
@@ -97,7 +108,7 @@ pub struct Flags {
     /// A source of random numbers
     #[arg(long)]
     pub rng: bool,
-    /// A console: terminal, pty, file=PATH or socket=PATH
+    /// A console: terminal, attach, pty, file=PATH or socket=PATH
     #[arg(long, value_name = "CONSOLE")]
     pub console: Vec<String>,
     /// Somebody else's backend, see `--help`
@@ -116,6 +127,29 @@ pub struct Flags {
     /// The oldest kernel whose sandbox is accepted: linux-6.12, linux-6.1 or linux-5.15 [default: linux-6.12]
     #[arg(long, value_name = "FLOOR")]
     pub sandbox_floor: Option<String>,
+}
+
+impl Flags {
+    /// Those that were given.
+    #[must_use]
+    pub fn given(&self) -> Vec<&'static str> {
+        let all = [
+            ("--name", self.name.is_some()),
+            ("--kernel", self.kernel.is_some()),
+            ("--initrd", self.initrd.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--memory", self.memory.is_some()),
+            ("--cpus", self.cpus.is_some()),
+            ("--disk", !self.disk.is_empty()),
+            ("--rng", self.rng),
+            ("--console", !self.console.is_empty()),
+            ("--device", !self.device.is_empty()),
+            ("--serial", self.serial.is_some()),
+            ("--on-reboot", self.on_reboot.is_some()),
+            ("--sandbox-floor", self.sandbox_floor.is_some()),
+        ];
+        all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
+    }
 }
 
 /// What to do when the guest reboots.
@@ -163,6 +197,13 @@ pub struct Stop {
     /// How long the guest may take to power off before the machine is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// Attach to a console.
+#[derive(Debug, clap::Args)]
+pub struct Console {
+    /// The machine's name
+    pub name: String,
 }
 
 /// Show what each process uses and does.
@@ -213,6 +254,21 @@ pub struct Logs {
     /// Only what is not older: 90s, 5m, 2h or 1d, or a moment such as 2026-11-22T10:43 (UTC)
     #[arg(long, value_name = "WHEN", value_parser = moment::since)]
     pub since: Option<String>,
+}
+
+/// Print completions.
+#[derive(Debug, clap::Args)]
+pub struct Completions {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}
+
+/// Print manual pages.
+#[derive(Debug, clap::Args)]
+pub struct Man {
+    /// Write the pages of all commands and programs into this directory
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
 }
 
 /// Look at the host and at a machine.

@@ -64,7 +64,7 @@ pub struct Janitor {
 
 impl Janitor {
     /// Starts one and waits until it is ready: only then may anything change that it would have to put back.
-    pub fn start(dir: &RuntimeDir, terminal: Option<&Terminal>) -> Result<Self> {
+    pub fn start(dir: &RuntimeDir, terminal: Option<&Terminal>, background: bool) -> Result<Self> {
         let (mut stream, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
         let program = env::current_exe().context("Cannot find out where outboard itself is")?;
         let mut command = Command::new(program);
@@ -72,6 +72,8 @@ impl Janitor {
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(dir.handle()?));
         command.stderr(match terminal {
             Some(terminal) => Stdio::from(terminal.file().try_clone().context("Cannot share the terminal")?),
+            // A caller that waits for everybody to let go of its standard error is not to wait for us.
+            None if background => Stdio::null(),
             None => Stdio::inherit(),
         });
         let child = command.spawn().context("Cannot start the janitor")?;

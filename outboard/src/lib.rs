@@ -24,7 +24,9 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod background;
 pub mod check;
+pub mod console;
 pub mod control;
 pub mod doctor;
 pub mod error;
@@ -36,6 +38,7 @@ pub mod machine;
 pub mod metrics;
 pub mod moment;
 pub mod notices;
+pub mod pages;
 pub mod ps;
 pub mod runtime;
 pub mod stop;
@@ -62,9 +65,12 @@ pub fn main() -> ExitCode {
         Command::Schema(args) => schema(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Stop(args) => stop::run(&args),
+        Command::Console(args) => console::run(&args),
         Command::Top(args) => top::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Logs(args) => logs::run(&args),
+        Command::Completions(args) => pages::completions(&args),
+        Command::Man(args) => pages::man(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Janitor(args) => janitor::run(&args),
     };

@@ -24,7 +24,11 @@ pub const CONTROL: &str = "control";
 /// The name of the socket on which metrics are served.
 pub const METRICS: &str = "metrics";
 /// All that a machine keeps in its directory.
-const FILES: &[&str] = &[CONTROL, METRICS, LOG, "log.1", EVENTS, "events.1"];
+const FILES: &[&str] = &[CONTROL, METRICS, LOG, "log.1", EVENTS, "events.1", CONSOLE, CONSOLE_LOCK];
+/// The socket of the console that a terminal can attach to.
+pub const CONSOLE: &str = "console";
+/// Who is attached has this file locked.
+pub const CONSOLE_LOCK: &str = "console.lock";
 /// What the processes have said.
 pub const LOG: &str = "log";
 /// What has happened.

@@ -35,7 +35,7 @@ use crate::control::{Server, Wish};
 use crate::events::{Event, What};
 use crate::journal::Journal;
 use crate::machine::{Backend, Machine, Restart};
-use crate::{metrics, notices};
+use crate::{background, metrics, notices};
 
 pub use self::start::run;
 
@@ -68,6 +68,7 @@ pub struct Supervisor<'a> {
     began: SystemTime,
     end: Option<End>,
     announce: bool,
+    background: bool,
 }
 
 /// How far the machine is.
@@ -418,7 +419,7 @@ impl Supervisor<'_> {
         self.happened(&restarted);
     }
 
-    /// The table of processes, once everything runs.
+    /// The table of processes, and the word to who waits for a machine in the background, once everything runs.
     fn announce_once(&mut self) {
         let connected = self.slots.iter().all(|slot| slot.state == Some(DeviceState::Connected));
         if self.announce && connected && self.stage != Stage::Starting {
@@ -426,6 +427,12 @@ impl Supervisor<'_> {
             let mut report = self.report();
             report.look();
             notices::show(&report::table(&[report]));
+        }
+        if self.background && connected && self.stage != Stage::Starting {
+            self.background = false;
+            if let Err(error) = background::running() {
+                notices::line(&format!("outboard: {error:#}"));
+            }
         }
     }
 }

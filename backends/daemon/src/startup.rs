@@ -4,10 +4,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::sync::mpsc::channel;
-use std::{fs, panic, process, thread};
+use std::{fs, io, panic, process, thread};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::error::ErrorKind;
+use clap_mangen::Man;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use sandbox::{Filter, Policy, close_all_but, confine, signal_fd};
 use tracing::{debug, info, warn};
@@ -43,6 +44,9 @@ fn parse<A: Arguments>() -> std::result::Result<A, u8> {
         println!("{}", serde_json::json!({"type": capabilities.kind, "features": capabilities.features}));
         return Err(0);
     }
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == "--print-man") {
+        return Err(u8::from(print_man::<A>().is_err()));
+    }
     A::try_parse().map_err(|error| {
         let _nobody_reads = error.print();
         match error.kind() {
@@ -50,6 +54,12 @@ fn parse<A: Arguments>() -> std::result::Result<A, u8> {
             _ => WRONG_USAGE,
         }
     })
+}
+
+/// The manual page, made from the same words as `--help`. `outboard man` asks for it. In the section
+/// of what runs by itself: there is a command `outboard console`, too.
+fn print_man<A: Arguments>() -> io::Result<()> {
+    Man::new(A::command()).section("8").render(&mut io::stdout().lock())
 }
 
 fn begin<A: Arguments>(args: A, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {

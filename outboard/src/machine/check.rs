@@ -36,7 +36,7 @@ pub fn all(machine: &Machine) -> Vec<(String, anyhow::Error)> {
     note("initrd", initrd.map(drop));
     note("memory", memory(machine.memory, files));
     let mut names = HashSet::new();
-    let mut terminals = 0;
+    let (mut terminals, mut attached) = (0, 0);
     for device in &machine.devices {
         note(&device.name, name(&device.name, "device"));
         note(&device.name, unique(&device.name, &mut names));
@@ -45,9 +45,13 @@ pub fn all(machine: &Machine) -> Vec<(String, anyhow::Error)> {
             Backend::Socket(path) => socket(path, &device.name),
         };
         note(&device.name, backend);
-        if matches!(&device.backend, Backend::Process(Program { stdio: Stdio::Terminal, .. })) {
-            terminals += 1;
-            note(&device.name, one_terminal(terminals));
+        let Backend::Process(program) = &device.backend else { continue };
+        terminals += u32::from(program.stdio == Stdio::Terminal);
+        attached += u32::from(program.stdio == Stdio::Attach);
+        match program.stdio {
+            Stdio::Terminal => note(&device.name, one(terminals, "have the terminal")),
+            Stdio::Attach => note(&device.name, one(attached, "be attached to")),
+            _ => {}
         }
     }
     wrong
@@ -76,9 +80,9 @@ fn unique<'a>(name: &'a str, names: &mut HashSet<&'a str>) -> Result<()> {
     Ok(())
 }
 
-fn one_terminal(count: usize) -> Result<()> {
+fn one(count: u32, what: &str) -> Result<()> {
     if count > 1 {
-        usage!("Only one console can have the terminal");
+        usage!("Only one console can {what}");
     }
     Ok(())
 }

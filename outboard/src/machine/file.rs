@@ -144,6 +144,7 @@ fn rng_device(table: &Values) -> Device {
 fn console(table: &Values, dir: &Path) -> Device {
     let console = match table.text("output").as_deref() {
         Some("pty") => Console::Pty,
+        Some("attach") => Console::Attach,
         Some("file") => Console::File(path(table, "path", dir)),
         Some("socket") => Console::Socket(path(table, "path", dir)),
         _ => Console::Terminal,

@@ -72,9 +72,10 @@ fn console(text: &str, index: usize, dir: &Path) -> Result<Device> {
     let console = match text.split_once('=') {
         None if text == "terminal" => Console::Terminal,
         None if text == "pty" => Console::Pty,
+        None if text == "attach" => Console::Attach,
         Some(("file", path)) => Console::File(dir.join(path)),
         Some(("socket", path)) => Console::Socket(dir.join(path)),
-        _ => usage!("--console {text}: Expected terminal, pty, file=PATH or socket=PATH"),
+        _ => usage!("--console {text}: Expected terminal, attach, pty, file=PATH or socket=PATH"),
     };
     Ok(console.device(format!("console{index}")))
 }

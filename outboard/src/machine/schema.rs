@@ -171,12 +171,13 @@ pub const TABLES: [Table; 5] = [
         name: "console",
         named: true,
         about: "Served by [outboard-console](console.md). The first console is `hvc0` in the guest.",
-        notes: "`\"terminal\"` is the one `outboard run` was started on, for one console at most. `outboard run` prints the path of a \
+        notes: "`\"terminal\"` is the one `outboard run` was started on, for one console at most. `\"attach\"` is whatever terminal \
+                `outboard console` is called on, for one console at most; what the guest writes meanwhile is kept. `outboard run` prints the path of a \
                 `\"pty\"` on standard output, again when the console's process was started again.",
         keys: &[
             key(
                 "output",
-                Kind::Choice(&["terminal", "pty", "file", "socket"]),
+                Kind::Choice(&["terminal", "attach", "pty", "file", "socket"]),
                 "where it leads",
                 Without::Default("\"terminal\""),
             ),

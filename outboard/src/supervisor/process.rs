@@ -68,7 +68,7 @@ impl Process {
         let (input, output) = match order.stdio {
             Stdio::Terminal => (stdin.as_fd(), stdout.as_fd()),
             Stdio::Output => (null.as_fd(), stdout.as_fd()),
-            Stdio::Nothing => (null.as_fd(), null.as_fd()),
+            Stdio::Nothing | Stdio::Attach => (null.as_fd(), null.as_fd()),
         };
         let counters = page::make().context("Cannot make a page for counters")?;
         let Order { mut args, mut fds, .. } = order;

@@ -20,12 +20,13 @@ use super::terminal::Terminal;
 use super::vmm::Link;
 use super::{Stage, Supervisor};
 use crate::args::{OnReboot, Run};
+use crate::background;
 use crate::control::Server;
 use crate::janitor::Janitor;
 use crate::journal::Journal;
 use crate::machine::{Machine, Serial, Stdio, check, file, flags};
 use crate::runtime::{self, RuntimeDir};
-use crate::{metrics, notices};
+use crate::{metrics, notices, usage};
 
 /// What is kept of the processes' words, twice: some ten thousand lines. A runtime directory lies in memory.
 const LOG_LIMIT: usize = 512 * 1024;
@@ -66,17 +67,33 @@ const NEVER: &[i64] = &[
 
 /// The command.
 pub fn run(args: &Run) -> Result<u8> {
-    let machine = match &args.file {
-        Some(path) => file::read(path)?,
+    let mut machine = match &args.file {
+        Some(path) => {
+            let given = args.flags.given().join(", ");
+            if !given.is_empty() {
+                usage!("A machine is a file or flags, not both: with {} leave out {given}", path.display());
+            }
+            file::read(path)?
+        }
         None => flags::machine(&args.flags, &flags::here()?)?,
     };
+    if args.detach || args.background {
+        machine.without_terminal()?;
+    }
     check::machine(&machine)?;
     let programs = Programs::find(&machine)?;
+    if args.detach {
+        return background::start(&machine.name);
+    }
+    if args.background {
+        background::enter();
+    }
     // From here on every end must leave nothing behind; these are dropped in the opposite order.
     let signals = Signals::new()?;
     let dir = RuntimeDir::create(&runtime::base()?, &machine.name)?;
+    machine.attach(&dir.path().join(runtime::CONSOLE));
     let terminal = Terminal::remember(stdin());
-    let janitor = Janitor::start(&dir, terminal.as_ref())?;
+    let janitor = Janitor::start(&dir, terminal.as_ref(), args.background)?;
     let control = Server::new(&dir.path().join(runtime::CONTROL))?;
     notices::keep(Journal::new(dir.path().join(runtime::LOG), LOG_LIMIT)?);
     let events = Journal::new(dir.path().join(runtime::EVENTS), EVENTS_LIMIT)?;
@@ -84,7 +101,7 @@ pub fn run(args: &Run) -> Result<u8> {
     let net = NetNamespace::new().context("Cannot make the machine's network namespace")?;
     give_up()?;
     let parts = Parts { programs, net, signals, control, metrics, events };
-    let end = supervise(&machine, parts, args.announce);
+    let end = supervise(&machine, parts, args);
     drop(terminal);
     drop(dir);
     drop(janitor);
@@ -103,7 +120,7 @@ struct Parts {
     events: Journal,
 }
 
-fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
+fn supervise(machine: &Machine, parts: Parts, args: &Run) -> Result<End> {
     let Parts { programs, net, signals, control, metrics, events } = parts;
     let mut slots: Vec<Slot<'_>> = machine.devices.iter().map(Slot::new).collect();
     let mut connections = Vec::new();
@@ -130,7 +147,8 @@ fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
         press_at: None,
         began: SystemTime::now(),
         end: None,
-        announce,
+        announce: args.announce,
+        background: args.background,
     };
     let end = supervisor.run();
     if let Ok(end) = &end {

@@ -102,7 +102,7 @@ fn all_mistakes_are_found_at_once_in_the_order_of_the_file() {
             "m:4: [disk.a] needs `path`",
             "m:5: `readonly` in [disk.a] must be true or false, not \"yes\"",
             "m:7: `b` is in no disk: write [disk.NAME] above it",
-            "m:9: Unknown value `hologram` in [console.c]; known are `terminal`, `pty`, `file`, `socket`",
+            "m:9: Unknown value `hologram` in [console.c]; known are `terminal`, `attach`, `pty`, `file`, `socket`",
             "m:10: `path` in [console.c] must be a path, not \"\"",
         ]
     );

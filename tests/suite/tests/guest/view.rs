@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -66,7 +67,7 @@ fn a_crash_is_seen_and_what_the_guest_does_is_counted() {
 #[test]
 fn the_doctor_sees_every_layer_as_any_user() {
     for user in [None, Some(1000)] {
-        let mut plan = Plan::run(&format!("echo up; {UNTIL_STOPPED}; do sleep 0.2; done"));
+        let mut plan = Plan::run("echo up; sleep 1000");
         plan.user = user;
         let mut machine = plan.start();
         machine.wait_for("up");
@@ -79,7 +80,32 @@ fn the_doctor_sees_every_layer_as_any_user() {
             }
         }
         println!("{}", machine.outboard_status(&["doctor", &machine.name]).1);
-        machine.stop_loop();
-        machine.finish().passed();
+        machine.outboard(&["stop", &machine.name]);
+        assert_eq!(machine.finish().status.code(), Some(0));
     }
+}
+
+#[test]
+fn who_attaches_to_a_console_sees_what_came_before() {
+    let command = "echo before-attach >/dev/hvc1; echo said; read word </dev/hvc1; echo answer-$word >/dev/hvc1; sleep 1000";
+    let mut machine = Plan::run(command).section("[console.second]\noutput = \"attach\"\n").start();
+    machine.wait_for("said");
+    let mut attach = Command::new(suite::program("outboard"));
+    attach.args(["console", &machine.name]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut person = attach.spawn().unwrap();
+    let mut keys = person.stdin.take().unwrap();
+    keys.write_all(b"hello\n").unwrap();
+    let mut screen = person.stdout.take().unwrap();
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains("answer-hello") {
+        let mut piece = [0; 256];
+        let count = screen.read(&mut piece).unwrap();
+        assert!(count > 0, "{}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&piece[..count]);
+    }
+    assert!(String::from_utf8_lossy(&seen).contains("before-attach"), "{}", String::from_utf8_lossy(&seen));
+    machine.outboard(&["stop", &machine.name]);
+    assert_eq!(machine.finish().status.code(), Some(0));
+    drop(keys);
+    assert_eq!(person.wait().unwrap().code(), Some(0));
 }
