@@ -10,7 +10,8 @@ use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::{env, mem};
+use std::time::Duration;
+use std::{env, mem, thread};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -34,7 +35,9 @@ pub const LOG: &str = "log";
 /// What has happened.
 pub const EVENTS: &str = "events";
 /// How often making a directory is tried again because somebody removed a stale one meanwhile.
-const ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 20;
+/// Longer than it takes to look at a directory and to remove it.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// A machine's directory, ours and locked. Removed when dropped.
 #[derive(Debug)]
@@ -47,11 +50,19 @@ impl RuntimeDir {
     /// Makes and locks the directory of a machine.
     pub fn create(base: &Path, name: &str) -> Result<Self> {
         let path = base.join(name);
-        for _ in 0..ATTEMPTS {
+        for attempt in 1..=ATTEMPTS {
             private_dir(&path)?;
-            let lock = File::open(&path).with_context(|| format!("Cannot open {}", path.display()))?;
+            let lock = match File::open(&path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                opened => opened.with_context(|| format!("Cannot open {}", path.display()))?,
+            };
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
+                // Who only looks whether it is stale has it locked for a moment; a machine, for as long as it runs.
+                Err(Errno::WOULDBLOCK) if attempt < ATTEMPTS => {
+                    thread::sleep(PAUSE);
+                    continue;
+                }
                 Err(Errno::WOULDBLOCK) => {
                     bail!("A machine called `{name}` is running already; see `outboard ps`")
                 }
@@ -196,6 +207,7 @@ pub fn machines(base: &Path) -> Result<Vec<String>> {
 mod tests {
     use std::fs::Permissions;
     use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -226,6 +238,24 @@ mod tests {
         assert_eq!(machines(&base).unwrap(), ["new"]);
         assert!(!base.join("old").exists());
         assert!(used.path().exists());
+    }
+
+    #[test]
+    fn who_only_looks_takes_nobodys_name() {
+        let base = scratch("look");
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    drop(machines(&base));
+                }
+            });
+            let made: Vec<_> = (0..500).map(|_| RuntimeDir::create(&base, "web").map(drop)).collect();
+            done.store(true, Ordering::Relaxed);
+            for result in made {
+                result.unwrap();
+            }
+        });
     }
 
     #[test]
