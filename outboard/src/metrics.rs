@@ -13,8 +13,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use virtio::metrics::page::Shown;
+use virtio::metrics::{Kind, Label};
 
 use crate::control::report::Process;
+use crate::supervisor::programs::VMM;
 use usage::Usage;
 
 /// A moment of a process.
@@ -40,11 +42,19 @@ pub struct Stats {
     pub counters: BTreeMap<String, u64>,
 }
 
-/// The counters a process may call its own: those of its program, and those of the rings if it serves a device.
+/// The counters a process may call its own: those of its program, and those of the rings if it serves a device. A device process
+/// only counts, and knows no other device: the first of its kind says what a name means, and one that lied about that would take the
+/// name away from all others.
 pub fn own(program: &str, shown: Vec<Shown>) -> Vec<Shown> {
-    let own = program.strip_prefix("outboard-").map(|name| format!("{name}_"));
-    let is_own = |name: &str| own.as_ref().is_some_and(|own| name.starts_with(own)) || name.starts_with("queue_");
-    shown.into_iter().filter(|one| is_own(&one.name)).collect()
+    let prefix = program.strip_prefix("outboard-").map(|name| format!("{name}_"));
+    let is_own = |one: &Shown| {
+        let is_prefixed = prefix.as_ref().is_some_and(|prefix| one.name.starts_with(prefix));
+        match program {
+            VMM => is_prefixed,
+            _ => (is_prefixed || one.name.starts_with("queue_")) && one.kind == Kind::Counter && one.label != Label::Device,
+        }
+    };
+    shown.into_iter().filter(is_own).collect()
 }
 
 impl From<Sample> for Stats {
@@ -56,8 +66,6 @@ impl From<Sample> for Stats {
 
 #[cfg(test)]
 mod tests {
-    use virtio::metrics::{Kind, Label};
-
     use super::*;
 
     #[test]
@@ -72,6 +80,9 @@ mod tests {
         let shown = ["blk_reads", "queue_kicks", "process_restarts", "rng_bytes"].map(one).to_vec();
         let names: Vec<String> = own("outboard-blk", shown.clone()).into_iter().map(|one| one.name).collect();
         assert_eq!(names, ["blk_reads", "queue_kicks"]);
-        assert_eq!(own("/run/somebody.sock", shown).len(), 1);
+        let lie = |kind, label| Shown { kind, label, ..shown[0].clone() };
+        let lies = vec![lie(Kind::Gauge, Label::None), lie(Kind::Counter, Label::Device)];
+        assert_eq!(own("outboard-blk", lies), []);
+        assert_eq!(own(VMM, shown), [], "the VMM serves no queue");
     }
 }

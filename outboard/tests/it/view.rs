@@ -7,7 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::{Value, json};
 
-use crate::machine::{Machine, Outcome, kill, process, terminal};
+use crate::machine::{Machine, Outcome, eventually, kill, process, terminal};
 
 const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n";
 
@@ -117,6 +117,43 @@ fn events_tell_the_story_of_a_machine_to_its_end() {
     let names: Vec<&str> = last[so_far.len()..].iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert_eq!(names, ["power-button", "ended"]);
     assert_eq!((&last.last().unwrap()["status"], &last.last().unwrap()["reason"]), (&json!(0), &json!("The guest powered off.")));
+}
+
+#[test]
+fn what_the_guest_does_is_an_event_and_a_word_of_the_control_socket() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let mut stream = UnixStream::connect(machine.dir.join("run/outboard/web/control")).unwrap();
+    stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"system_reset\"}\n").unwrap();
+    let mut heard = String::new();
+    while !heard.contains("\"RESET\"") {
+        let mut piece = [0; 4096];
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "{heard}");
+        heard.push_str(&String::from_utf8_lossy(&piece[..count]));
+    }
+    assert!(events(&machine, &[]).iter().any(|event| event["event"] == "guest-rebooted"));
+    kill("-KILL", running.pid("root"));
+    while !heard.contains("\"restarted\"") {
+        let mut piece = [0; 4096];
+        let count = stream.read(&mut piece).unwrap();
+        heard.push_str(&String::from_utf8_lossy(&piece[..count]));
+    }
+    assert!(heard.contains("OUTBOARD_PROCESS") && heard.contains("was killed by signal 9"), "{heard}");
+    machine.run(&["stop", "web"]);
+    running.end();
+}
+
+#[test]
+fn who_is_not_started_again_is_given_up() {
+    let machine = Machine::new().file(&format!("restart = \"never\"\n{DEVICES}"));
+    let running = machine.start();
+    kill("-KILL", running.pid("root"));
+    eventually("it is given up", || {
+        events(&machine, &[]).iter().any(|event| event["event"] == "gave-up" && event["device"] == "root")
+    });
+    machine.run(&["stop", "web"]);
+    running.end();
 }
 
 #[test]
