@@ -1,8 +1,8 @@
 //! `outboard console`: this terminal on the console of a running machine, and off it again.
 //!
-//! The console's own process keeps what nobody has read yet and holds the socket we connect to; the composer has no part in it and
-//! reads no byte of the guest. One terminal at a time is attached: a lock on a file beside the socket says so, and ends with whoever
-//! holds it. When the console's process is started again its socket is a new one, to which we connect again.
+//! The console's own process keeps what nobody has read yet and holds the socket we connect to; the composer has no part in it
+//! and reads no byte of the guest. One terminal at a time is attached: a lock on a file beside the socket says so, and ends with
+//! whoever holds it. When the console's process is started again its socket is a new one, to which we connect again.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write, stdin, stdout};

@@ -90,8 +90,10 @@ impl Event {
     #[must_use]
     pub fn qmp(&self) -> Option<(&'static str, Value)> {
         let guest = |what: &str| json!({"guest": true, "reason": format!("guest-{what}")});
-        let device = |state: &str| json!({"device": self.device, "state": state});
-        let process = |what: &str| json!({"device": self.device, "what": what, "pid": self.pid, "restarts": self.restarts, "reason": self.reason});
+        let (device_name, pid, restarts, reason) = (&self.device, self.pid, self.restarts, &self.reason);
+        let device = |state: &str| json!({"device": device_name, "state": state});
+        let process =
+            |what: &str| json!({"device": device_name, "what": what, "pid": pid, "restarts": restarts, "reason": reason});
         Some(match self.event {
             What::Started => ("RESUME", json!({})),
             What::DeviceConnected | What::DeviceBack => ("OUTBOARD_DEVICE", device("connected")),

@@ -43,8 +43,8 @@ pub struct Stats {
 }
 
 /// The counters a process may call its own: those of its program, and those of the rings if it serves a device. A device process
-/// only counts, and knows no other device: the first of its kind says what a name means, and one that lied about that would take the
-/// name away from all others.
+/// only counts, and knows no other device: the first of its kind says what a name means, and one that lied about that would take
+/// the name away from all others.
 pub fn own(program: &str, shown: Vec<Shown>) -> Vec<Shown> {
     let prefix = program.strip_prefix("outboard-").map(|name| format!("{name}_"));
     let is_own = |one: &Shown| {

@@ -1,7 +1,7 @@
 //! Completions and manual pages, made from the same words as `--help`.
 //!
-//! The pages of the other programs come from those themselves: each prints its own when it is asked to. They are in section 8, since
-//! there is both a program `outboard-console` and a command `outboard console`.
+//! The pages of the other programs come from those themselves: each prints its own when it is asked to. They are in section 8,
+//! since there is both a program `outboard-console` and a command `outboard console`.
 
 use std::env;
 use std::fs;

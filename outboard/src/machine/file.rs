@@ -1,6 +1,7 @@
 //! The machine file: TOML, every key known, every error one sentence that names the file and the line.
 //!
-//! [`values`] holds the text against the [`schema`] and collects all that is wrong; only a file without a mistake becomes a machine.
+//! `values` holds the text against the [schema](super::schema) and collects all that is wrong; only a file without a mistake
+//! becomes a machine.
 
 mod values;
 

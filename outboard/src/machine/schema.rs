@@ -1,4 +1,5 @@
-//! What a machine file can say: one table, from which come what `file` accepts, the JSON Schema, and the reference in the documents.
+//! What a machine file can say: one table, from which come what `file` accepts, the JSON Schema, and the reference in the
+//! documents.
 
 pub mod json;
 pub mod page;
@@ -100,8 +101,8 @@ pub const TABLES: [Table; 5] = [
         name: "machine",
         named: false,
         about: "",
-        notes: "With `on-reboot = \"restart\"` the guest's memory is emptied before it starts again; no process ends and no connection \
-                is made anew.",
+        notes: "With `on-reboot = \"restart\"` the guest's memory is emptied before it starts again; no process ends \
+                and no connection is made anew.",
         keys: &[
             key("kernel", Kind::Path, "a bzImage, or an ELF `vmlinux` with a PVH note", REQUIRED),
             key("name", Kind::Name, "the machine's name, for `ps` and `stop`", Without::Words("the file's name without `.toml`")),
@@ -129,8 +130,8 @@ pub const TABLES: [Table; 5] = [
             key(
                 "restart",
                 Kind::Choice(&["always", "never"]),
-                "whether device processes that die are started again, and lost sockets of others tried again, for ever; or the guest \
-                 goes on without the device",
+                "whether device processes that die are started again, and lost sockets of others tried again, for ever; \
+                 or the guest goes on without the device",
                 Without::Default("\"always\""),
             ),
             key(
@@ -171,9 +172,10 @@ pub const TABLES: [Table; 5] = [
         name: "console",
         named: true,
         about: "Served by [outboard-console](console.md). The first console is `hvc0` in the guest.",
-        notes: "`\"terminal\"` is the one `outboard run` was started on, for one console at most. `\"attach\"` is whatever terminal \
-                `outboard console` is called on, for one console at most; what the guest writes meanwhile is kept. `outboard run` prints the path of a \
-                `\"pty\"` on standard output, again when the console's process was started again.",
+        notes: "`\"terminal\"` is the one `outboard run` was started on, for one console at most. `\"attach\"` is \
+                whatever terminal `outboard console` is called on, for one console at most; what the guest writes \
+                meanwhile is kept. `outboard run` prints the path of a `\"pty\"` on standard output, again when the \
+                console's process was started again.",
         keys: &[
             key(
                 "output",
@@ -188,11 +190,12 @@ pub const TABLES: [Table; 5] = [
     Table {
         name: "device",
         named: true,
-        about: "Somebody else's backend. It must listen already when the machine starts. It is not started and not confined by us.",
-        notes: "The backend must offer virtio 1 (`VIRTIO_F_VERSION_1`) and accept guest memory in a sealed memfd. If it keeps no in-flight \
-                log (`INFLIGHT_SHMFD`), its successor begins at the ring's used index: what it had in hand when it died may be lost or \
-                done twice.\n\nAn `fs` backend that keeps no configuration space, as virtiofsd without a tag, gets the device's name as \
-                its tag: `mount -t virtiofs share /mnt`.",
+        about: "Somebody else's backend. It must listen already when the machine starts. It is not started and not \
+                confined by us.",
+        notes: "The backend must offer virtio 1 (`VIRTIO_F_VERSION_1`) and accept guest memory in a sealed memfd. If it \
+                keeps no in-flight log (`INFLIGHT_SHMFD`), its successor begins at the ring's used index: what it had \
+                in hand when it died may be lost or done twice.\n\nAn `fs` backend that keeps no configuration space, \
+                as virtiofsd without a tag, gets the device's name as its tag: `mount -t virtiofs share /mnt`.",
         keys: &[
             key("socket", Kind::Path, "the unix socket it listens on", REQUIRED),
             key("class", Kind::Choice(&CLASSES), "what the guest sees", Without::Words("")),
