@@ -129,8 +129,9 @@ impl Event {
 
 /// The command.
 pub fn run(args: &Events) -> Result<u8> {
-    let mut reader = Reader::open(runtime::find(&args.name)?.join(runtime::EVENTS))?;
-    while let Some(line) = reader.next(args.follow)? {
+    let (path, runs) = runtime::kept(&args.name, runtime::EVENTS)?;
+    let mut reader = Reader::open(path)?;
+    while let Some(line) = reader.next(args.follow && runs)? {
         let line = if args.json { line } else { serde_json::from_str(&line).map_or(line, |event: Event| event.line()) };
         if !notices::answer(&format!("{line}\n"))? {
             break;

@@ -11,8 +11,9 @@ const COMPOSER: &str = "outboard";
 
 /// The command.
 pub fn run(args: &Logs) -> Result<u8> {
-    let mut reader = Reader::open(runtime::find(&args.name)?.join(runtime::LOG))?;
-    while let Some(line) = reader.next(args.follow)? {
+    let (path, runs) = runtime::kept(&args.name, runtime::LOG)?;
+    let mut reader = Reader::open(path)?;
+    while let Some(line) = reader.next(args.follow && runs)? {
         if !is_wanted(&line, args) {
             continue;
         }

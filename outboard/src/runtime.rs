@@ -30,6 +30,10 @@ const FILES: &[&str] = &[CONTROL, METRICS, LOG, "log.1", EVENTS, "events.1", CON
 pub const CONSOLE: &str = "console";
 /// Who is attached has this file locked.
 pub const CONSOLE_LOCK: &str = "console.lock";
+/// What outlives a machine, until its next run.
+const KEPT: &[&str] = &[LOG, "log.1", EVENTS, "events.1"];
+/// So many machines that have ended are remembered: with all files full, 24 MB.
+const MOST_ENDED: usize = 16;
 /// What the processes have said.
 pub const LOG: &str = "log";
 /// What has happened.
@@ -73,6 +77,7 @@ impl RuntimeDir {
             // Between opening and locking, somebody may have removed it as stale.
             if is_same(&lock, &path) {
                 empty(&path)?;
+                forget(base);
                 return Ok(Self { path, lock: Some(lock) });
             }
         }
@@ -93,6 +98,7 @@ impl RuntimeDir {
 
 impl Drop for RuntimeDir {
     fn drop(&mut self) {
+        keep(&self.path);
         drop(empty(&self.path));
         drop(fs::remove_dir(&self.path));
         drop(mem::take(&mut self.lock));
@@ -127,6 +133,59 @@ pub fn find(name: &str) -> Result<PathBuf> {
         bail!("No machine called `{name}` is running");
     }
     Ok(dir)
+}
+
+/// Where something is kept of a machine that runs, or of the last one of that name. `true`: it runs.
+pub fn kept(name: &str, file: &str) -> Result<(PathBuf, bool)> {
+    if let Ok(dir) = find(name) {
+        return Ok((dir.join(file), true));
+    }
+    check::name(name, "machine")?;
+    let path = base()?.join(ended(name, file));
+    if !path.exists() {
+        bail!("No machine called `{name}` is running, or has ended lately");
+    }
+    Ok((path, false))
+}
+
+/// The name under which a file of a machine that has ended lies beside the directories of those that run. No machine's name begins
+/// with a dot.
+fn ended(name: &str, file: &str) -> String {
+    format!(".{name}.{file}")
+}
+
+/// Puts aside what outlives a machine, in the place of what was there of its predecessor.
+fn keep(path: &Path) {
+    let (Some(base), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return;
+    };
+    if !path.join(EVENTS).exists() {
+        return; // it has never run
+    }
+    for file in KEPT {
+        let place = base.join(ended(name, file));
+        if fs::rename(path.join(file), &place).is_err() {
+            let _there_was_none = fs::remove_file(place);
+        }
+    }
+}
+
+/// Forgets the machines that ended first, where there are too many.
+fn forget(base: &Path) {
+    let entries = fs::read_dir(base).into_iter().flatten().flatten();
+    let events = entries.filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let name = name.strip_prefix('.')?.strip_suffix(&format!(".{EVENTS}"))?.to_owned();
+        Some((entry.metadata().ok()?.modified().ok()?, name))
+    });
+    let mut events: Vec<_> = events.collect();
+    events.sort();
+    let many = events.len().saturating_sub(MOST_ENDED);
+    for (_, name) in events.into_iter().take(many) {
+        for file in KEPT {
+            let _there_was_none = fs::remove_file(base.join(ended(&name, file)));
+        }
+    }
 }
 
 /// A directory that is ours alone, made if it is not there. In `/tmp` anybody could have made it before us, to read our control
@@ -181,6 +240,7 @@ pub fn remove_stale(path: &Path, open: &File) -> bool {
     if flock(open, FlockOperation::NonBlockingLockExclusive).is_err() || !is_same(open, path) {
         return false;
     }
+    keep(path);
     empty(path).is_ok() && fs::remove_dir(path).is_ok()
 }
 
@@ -238,6 +298,27 @@ mod tests {
         assert_eq!(machines(&base).unwrap(), ["new"]);
         assert!(!base.join("old").exists());
         assert!(used.path().exists());
+    }
+
+    #[test]
+    fn the_last_machines_are_remembered_and_no_more_than_that() {
+        let base = scratch("ended");
+        for number in 0..MOST_ENDED + 5 {
+            for run in 0..2 {
+                let dir = RuntimeDir::create(&base, &format!("m{number}")).unwrap();
+                fs::write(dir.path().join(EVENTS), format!("run {run}")).unwrap();
+                if run == 0 {
+                    fs::write(dir.path().join("log.1"), "old").unwrap();
+                }
+            }
+        }
+        drop(RuntimeDir::create(&base, "another").unwrap());
+        let last = base.join(ended(&format!("m{}", MOST_ENDED + 4), EVENTS));
+        assert_eq!(fs::read_to_string(last).unwrap(), "run 1", "the last run of a name is the one that counts");
+        let names: Vec<String> =
+            fs::read_dir(&base).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert_eq!(names.len(), MOST_ENDED, "{names:?}");
+        assert!(machines(&base).unwrap().is_empty());
     }
 
     #[test]

@@ -142,6 +142,8 @@ fn a_composer_that_is_killed_leaves_nothing_behind() {
     running.child.wait().unwrap();
     eventually("every process ends", || !pids.iter().any(|pid| is_alive(*pid)));
     eventually("the runtime directory goes", || machine.is_gone());
+    let events = machine.run(&["events", "web"]).stdout;
+    assert!(events.contains("  started"), "what had happened is still known: {events}");
 }
 
 #[test]

@@ -75,7 +75,10 @@ impl Machine {
 
     /// Nothing is left of it in the runtime directory.
     pub(crate) fn is_gone(&self) -> bool {
-        fs::read_dir(self.dir.join("run/outboard")).is_ok_and(|mut entries| entries.next().is_none())
+        let entries = fs::read_dir(self.dir.join("run/outboard"));
+        // Beside the directories of machines that run lies what is remembered of those that have ended.
+        let is_left = |entry: fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
+        entries.is_ok_and(|entries| !entries.flatten().any(is_left))
     }
 }
 

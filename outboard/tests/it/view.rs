@@ -116,6 +116,10 @@ fn events_tell_the_story_of_a_machine_to_its_end() {
     assert_eq!(last[..so_far.len()], so_far[..]);
     let names: Vec<&str> = last[so_far.len()..].iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert_eq!(names, ["power-button", "ended"]);
+    assert!(machine.is_gone());
+    assert_eq!(events(&machine, &["--follow"]), last, "what has happened can still be seen");
+    let stranger = machine.run(&["events", "nobody"]).stderr;
+    assert_eq!(stranger, "outboard: No machine called `nobody` is running, or has ended lately\n");
     assert_eq!((&last.last().unwrap()["status"], &last.last().unwrap()["reason"]), (&json!(0), &json!("The guest powered off.")));
 }
 
