@@ -4,6 +4,7 @@
 //!
 //! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence;
 //! - `console:raw` makes the terminal raw and leaves it so;
+//! - `blk:mute` never says that it serves;
 //! - a console with `--socket` greets each client and gives back what is typed;
 //! - every stand-in shows one counter of its own, 7, and one that is not its own;
 //! - `blk:1` fails with status 1 and a sentence, `blk:crash` aborts after serving for a moment, `console:leave` ends with 0.
@@ -59,6 +60,9 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
         echo(path);
     }
     let mut connection = UnixStream::from(connection);
+    if wish == "mute" {
+        let _hung_up = connection.read(&mut [0]);
+    }
     let _vmm_gone = connection.write_all(b"+");
     if !wish.is_empty() {
         thread::sleep(Duration::from_millis(300));

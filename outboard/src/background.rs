@@ -2,7 +2,7 @@
 //!
 //! Theory of operation: the command starts itself again, with one end of a socket pair as stdin, and waits. The other, which has a
 //! session of its own, does all that `run` does; when the guest is about to run it says so, lets go of the caller's terminal and
-//! goes on. If it ends before, it has said why on the terminal that both still share, and its status is ours.
+//! goes on. If the caller is killed before, so is it. If it ends before, it has said why on the terminal that both still share, and its status is ours.
 
 use std::env;
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
-use rustix::process::setsid;
+use rustix::process::{Signal, set_parent_process_death_signal, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::notices;
@@ -40,15 +40,18 @@ pub fn start(name: &str) -> Result<u8> {
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
-/// The other side, at its start: from here on no key of the terminal reaches it.
-pub fn enter() {
+/// The other side, at its start: from here on no key of the terminal reaches it, but if the caller stops waiting it ends, and the
+/// machine with it.
+pub fn enter() -> Result<()> {
     // Fails only where we lead a session already, which is as good.
     let _leads_one_already = setsid();
+    set_parent_process_death_signal(Some(Signal::KILL)).context("Cannot tie the machine to who waits for it")
 }
 
 /// The machine runs: tells the caller and lets go of its terminal.
 pub fn running() -> Result<()> {
     let what = "Cannot let go of the terminal";
+    set_parent_process_death_signal(None).context(what)?;
     let told = rustix::io::write(stdin(), RUNNING);
     let null = File::options().read(true).write(true).open("/dev/null").context(what)?;
     dup2_stdin(&null).context(what)?;

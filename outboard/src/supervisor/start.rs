@@ -86,7 +86,7 @@ pub fn run(args: &Run) -> Result<u8> {
         return background::start(&machine.name);
     }
     if args.background {
-        background::enter();
+        background::enter()?;
     }
     // From here on every end must leave nothing behind; these are dropped in the opposite order.
     let signals = Signals::new()?;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::process::Child;
 
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::{LocalModes, tcgetattr};
 
 use crate::machine::{Machine, Outcome, eventually, kill, process, terminal};
@@ -124,9 +125,21 @@ fn what_goes_wrong_before_the_machine_runs_is_told_to_the_caller() {
     let machine = Machine::new().file("").pretend("vmm:die");
     let says = "web: The VMM failed: Cannot open /dev/kvm: Permission denied (os error 13)\n";
     assert_eq!(failing(&machine), (Some(1), says.to_owned()));
+    let both = machine.run(&["run", "--detach", "--announce", "web.toml"]);
+    assert!(both.status == Some(2) && both.stderr.contains("cannot be used with"), "{}", both.stderr);
     let machine = Machine::new().file("serial = \"stdio\"\n");
     let says = "outboard: A machine in the background has no terminal for its serial port: give it a file\n";
     assert_eq!(failing(&machine), (Some(2), says.to_owned()));
+}
+
+#[test]
+fn who_stops_waiting_for_a_machine_has_stopped_it() {
+    let machine = Machine::new().file("[disk.root]\npath = \"disk.img\"\n").pretend("blk:mute");
+    let mut waiting = machine.command(&["run", "--detach", "web.toml"]).spawn().unwrap();
+    eventually("it starts", || machine.run(&["ps", "web"]).stdout.contains("root      blk"));
+    kill_process(Pid::from_child(&waiting), Signal::INT).unwrap();
+    assert!(!waiting.wait().unwrap().success());
+    eventually("it is gone", || machine.is_gone());
 }
 
 #[test]
