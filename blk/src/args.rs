@@ -19,7 +19,11 @@ pub enum Format {
 
 /// Serves a disk image or block device to a virtual machine (virtio-blk over vhost-user).
 #[derive(Debug, Parser)]
-#[command(name = "outboard-blk", version)]
+#[command(
+    name = "outboard-blk",
+    version,
+    override_usage = "outboard-blk [OPTIONS] --blk-file <PATH> --format <FORMAT> <--socket-path <PATH>|--fd <FD>>\n       outboard-blk --print-capabilities"
+)]
 pub struct Args {
     #[command(flatten)]
     socket: Socket,

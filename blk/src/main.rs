@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use blk::args::{Args, Config};
 use blk::device::Blk;
 use blk::image::Image;
+use blk::metrics;
 use blk::sandbox::POLICY;
 use vhost_user::Backend;
 
@@ -13,6 +14,7 @@ fn main() -> ExitCode {
         let config = Config::from(startup.args());
         let trust = startup.args().memory.trust();
         let image = Image::open(&config)?;
+        virtio::metrics::publish(startup.metrics()?, &metrics::ALL, config.queues)?;
         let confined = startup.confine()?;
         let mut backend = Backend::new(Blk::new(image, &config, &confined)?, trust)?;
         confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))

@@ -4,6 +4,9 @@
 //!
 //! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence;
 //! - `console:raw` makes the terminal raw and leaves it so;
+//! - `blk:mute` never says that it serves;
+//! - a console with `--socket` greets each client and gives back what is typed;
+//! - every stand-in shows one counter of its own, 7, and one that is not its own;
 //! - `blk:1` fails with status 1 and a sentence, `blk:crash` aborts after serving for a moment, `console:leave` ends with 0.
 
 use std::ffi::OsString;
@@ -11,20 +14,25 @@ use std::io::{IoSlice, IoSliceMut, Read, Write, stdin};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{ExitCode, abort};
 use std::time::Duration;
-use std::{env, thread};
+use std::{env, fs, thread};
 
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg, sendmsg};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
+use virtio::metrics::{Counter, publish};
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args_os().map(|arg: OsString| arg.to_string_lossy().into_owned()).collect();
     let name = args.first().and_then(|path| path.rsplit("outboard-").next()).unwrap_or_default().to_owned();
     let wishes = env::var("PRETEND").unwrap_or_default();
     let wish = wishes.split(' ').find_map(|word| word.strip_prefix(&format!("{name}:"))).unwrap_or_default();
+    if args.get(1).is_some_and(|arg| arg == "--print-man") {
+        println!(".TH outboard-{name} 8");
+        return ExitCode::SUCCESS;
+    }
     match name.as_str() {
         "vmm" => vmm(&args, wish),
         _ => device(&name, &args, wish),
@@ -47,7 +55,14 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
     let Some(connection) = descriptor(args, "--fd") else {
         return ExitCode::from(2);
     };
+    count(name, args);
+    if let Some(path) = value(args, "--socket") {
+        echo(path);
+    }
     let mut connection = UnixStream::from(connection);
+    if wish == "mute" {
+        let _hung_up = connection.read(&mut [0]);
+    }
     let _vmm_gone = connection.write_all(b"+");
     if !wish.is_empty() {
         thread::sleep(Duration::from_millis(300));
@@ -60,6 +75,32 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
     }
     let _hung_up = connection.read(&mut [0]);
     ExitCode::SUCCESS
+}
+
+/// A console to attach to: it greets each client and gives back what is typed.
+fn echo(path: &str) {
+    let _stale = fs::remove_file(path);
+    let Ok(listener) = UnixListener::bind(path) else { return };
+    thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let _gone = client.write_all(b"hello ");
+            let mut piece = [0; 64];
+            while let Ok(count @ 1..) = client.read(&mut piece) {
+                let _gone = client.write_all(piece.get(..count).unwrap_or_default());
+            }
+        }
+    });
+}
+
+/// What a process that is somebody else's by now would show: also what only the composer can know.
+fn count(name: &str, args: &[String]) {
+    static OWN: Counter = Counter::new();
+    static FORGED: Counter = Counter::new();
+    OWN.add(7);
+    FORGED.add(1000);
+    let own = if name == "blk" { "blk_reads" } else { "queue_kicks" };
+    let counters = [(own, &OWN, "Counted"), ("process_restarts", &FORGED, "Forged")];
+    let _not_shown = publish(descriptor(args, "--metrics-fd"), &counters, 0);
 }
 
 fn make_raw() {

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::moment;
+
 /// Compose a virtual machine out of processes: a slim VMM, and one confined process for every device.
 #[derive(Debug, Parser)]
 #[command(name = "outboard", version)]
@@ -21,10 +23,32 @@ pub enum Command {
     /// Exit status: 0 the guest powered off, 1 something failed, 2 wrong usage, 3 the guest rebooted and `--on-reboot exit`
     /// was asked for, 4 the guest's kernel panicked, 5 the guest's processor shut down (triple fault).
     Run(Box<Run>),
+    /// Look for all mistakes in a machine file, and start nothing
+    ///
+    /// Exit status: 0 it makes sense, 1 it cannot be read, 2 something is wrong.
+    Check(Check),
+    /// Print the JSON Schema of the machine file
+    Schema(Schema),
     /// Show the machines that run, and which process serves which device
     Ps(Ps),
     /// Press a machine's power button, and end it if it does not power off
     Stop(Stop),
+    /// Attach this terminal to a machine's console; `Ctrl-] q` detaches
+    Console(Console),
+    /// Show what each process uses and does, again and again
+    Top(Top),
+    /// Show what has happened to a machine: starts, ends, restarts
+    Events(Events),
+    /// Show what the processes of a machine have said
+    Logs(Logs),
+    /// Say what this host offers, and what confines the processes of a running machine
+    ///
+    /// Exit status: 0 all is as it should be, 1 something is missing.
+    Doctor(Doctor),
+    /// Print a shell's completions of this command
+    Completions(Completions),
+    /// Print this command's manual page, or write all pages
+    Man(Man),
     /// Clean up after a composer that was killed
     #[command(hide = true)]
     Janitor(Janitor),
@@ -35,11 +59,17 @@ pub enum Command {
 #[command(arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Run {
     /// The machine file; everything below is for machines without one
-    #[arg(value_name = "MACHINE.TOML", conflicts_with = "flags", required_unless_present = "kernel")]
+    #[arg(value_name = "MACHINE.TOML")]
     pub file: Option<PathBuf>,
     /// Show, once all devices are connected, which process serves which device
     #[arg(long)]
     pub announce: bool,
+    /// Return once the machine runs, and leave it in the background; a console on the terminal becomes one to attach to
+    #[arg(long, conflicts_with = "announce")]
+    pub detach: bool,
+    /// This is the machine in the background
+    #[arg(long, hide = true)]
+    pub background: bool,
     /// The machine, in flags.
     #[command(flatten)]
     pub flags: Flags,
@@ -53,7 +83,6 @@ Examples:
 
 /// A machine in flags.
 #[derive(Debug, Default, clap::Args)]
-#[group(id = "flags", multiple = true)]
 pub struct Flags {
     /// The machine's name, for `ps` and `stop` [default: machine-PID]
     #[arg(long)]
@@ -79,7 +108,7 @@ pub struct Flags {
     /// A source of random numbers
     #[arg(long)]
     pub rng: bool,
-    /// A console: terminal, pty, file=PATH or socket=PATH
+    /// A console: terminal, attach, pty, file=PATH or socket=PATH
     #[arg(long, value_name = "CONSOLE")]
     pub console: Vec<String>,
     /// Somebody else's backend, see `--help`
@@ -100,6 +129,29 @@ pub struct Flags {
     pub sandbox_floor: Option<String>,
 }
 
+impl Flags {
+    /// Those that were given.
+    #[must_use]
+    pub fn given(&self) -> Vec<&'static str> {
+        let all = [
+            ("--name", self.name.is_some()),
+            ("--kernel", self.kernel.is_some()),
+            ("--initrd", self.initrd.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--memory", self.memory.is_some()),
+            ("--cpus", self.cpus.is_some()),
+            ("--disk", !self.disk.is_empty()),
+            ("--rng", self.rng),
+            ("--console", !self.console.is_empty()),
+            ("--device", !self.device.is_empty()),
+            ("--serial", self.serial.is_some()),
+            ("--on-reboot", self.on_reboot.is_some()),
+            ("--sandbox-floor", self.sandbox_floor.is_some()),
+        ];
+        all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
+    }
+}
+
 /// What to do when the guest reboots.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -109,6 +161,22 @@ pub enum OnReboot {
     Restart,
     /// End with exit status 3.
     Exit,
+}
+
+/// Look for mistakes.
+#[derive(Debug, clap::Args)]
+pub struct Check {
+    /// The machine file
+    #[arg(value_name = "MACHINE.TOML")]
+    pub file: PathBuf,
+}
+
+/// Print the schema.
+#[derive(Debug, clap::Args)]
+pub struct Schema {
+    /// The reference in Markdown instead, as it stands in docs/machine-file.md
+    #[arg(long)]
+    pub markdown: bool,
 }
 
 /// Show the machines that run.
@@ -129,6 +197,88 @@ pub struct Stop {
     /// How long the guest may take to power off before the machine is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub timeout: u64,
+}
+
+/// Attach to a console.
+#[derive(Debug, clap::Args)]
+pub struct Console {
+    /// The machine's name
+    pub name: String,
+}
+
+/// Show what each process uses and does.
+#[derive(Debug, clap::Args)]
+pub struct Top {
+    /// Only this machine
+    pub name: Option<String>,
+    /// Show it once, after one interval, and end
+    #[arg(long)]
+    pub once: bool,
+    /// How long to wait between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = interval)]
+    pub interval: f64,
+    /// For programs: one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn interval(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "it is not a number".to_owned())?;
+    if (0.1..=3600.0).contains(&seconds) { Ok(seconds) } else { Err("it must be between 0.1 and 3600".to_owned()) }
+}
+
+/// Show what has happened.
+#[derive(Debug, clap::Args)]
+pub struct Events {
+    /// The machine's name
+    pub name: String,
+    /// Go on until the machine ends
+    #[arg(long, short)]
+    pub follow: bool,
+    /// For programs: one JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show what was said.
+#[derive(Debug, clap::Args)]
+pub struct Logs {
+    /// The machine's name
+    pub name: String,
+    /// Go on until the machine ends
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only of this process: composer, vmm or a device's name
+    #[arg(long, value_name = "PROCESS")]
+    pub process: Option<String>,
+    /// Only what is not older: 90s, 5m, 2h or 1d, or a moment such as 2026-11-22T10:43 (UTC)
+    #[arg(long, value_name = "WHEN", value_parser = moment::since)]
+    pub since: Option<String>,
+}
+
+/// Print completions.
+#[derive(Debug, clap::Args)]
+pub struct Completions {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}
+
+/// Print manual pages.
+#[derive(Debug, clap::Args)]
+pub struct Man {
+    /// Write the pages of all commands and programs into this directory
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// Look at the host and at a machine.
+#[derive(Debug, clap::Args)]
+pub struct Doctor {
+    /// Also look at the processes of this machine
+    pub name: Option<String>,
+    /// For programs: JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Stdin is a socket to the composer, stdout the runtime directory, stderr the terminal if there is one.

@@ -1,5 +1,6 @@
 //! The control socket of a running machine: JSON lines as QEMU's monitor protocol (QMP) has them, so that existing clients
-//! work. One command is ours: `query-outboard` answers with the machine's processes.
+//! work. Two commands are ours: `query-outboard` answers with the machine's processes, `query-outboard-stats` with what they use
+//! and count as well.
 //!
 //! The socket lies in a directory that only its owner can enter. Even so nobody can harm the machine by accident: a client
 //! that does not read is dropped, a line has a greatest length, and there are only so many clients.
@@ -16,12 +17,25 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use report::Report;
-
 /// More would mean that somebody forgets to close connections.
 const MOST_CLIENTS: usize = 16;
 /// The longest command of this protocol is a few hundred bytes.
 const LONGEST_LINE: usize = 64 * 1024;
+
+/// What a client asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    /// `query-outboard`, and what QEMU's queries need of it.
+    Report,
+    /// `query-outboard-stats`
+    Stats,
+}
+
+/// Who knows the answers.
+pub trait Machine {
+    /// The answer, as JSON.
+    fn answer(&self, ask: Ask) -> Value;
+}
 
 /// What a client wants of the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,11 +91,11 @@ impl Server {
     }
 
     /// Reads what a client says and answers it. What it wants of the machine is returned.
-    pub fn hear(&mut self, index: usize, report: &Report) -> Vec<Wish> {
+    pub fn hear(&mut self, index: usize, machine: &impl Machine) -> Vec<Wish> {
         let Some(client) = self.clients.get_mut(index) else {
             return Vec::new();
         };
-        client.read().iter().filter_map(|line| client.obey(line, report)).collect()
+        client.read().iter().filter_map(|line| client.obey(line, machine)).collect()
     }
 
     /// Tells every client what happened.
@@ -121,7 +135,7 @@ impl Client {
     }
 
     /// Answers one command.
-    fn obey(&mut self, line: &[u8], report: &Report) -> Option<Wish> {
+    fn obey(&mut self, line: &[u8], machine: &impl Machine) -> Option<Wish> {
         if line.iter().all(u8::is_ascii_whitespace) {
             return None;
         }
@@ -130,7 +144,7 @@ impl Client {
             return None;
         };
         let name = message.get("execute").and_then(Value::as_str).unwrap_or_default();
-        let (mut answer, wish) = self.answer(name, report);
+        let (mut answer, wish) = self.answer(name, machine);
         if let (Some(id), Some(answer)) = (message.get("id"), answer.as_object_mut()) {
             answer.insert("id".to_owned(), id.clone());
         }
@@ -138,7 +152,7 @@ impl Client {
         wish
     }
 
-    fn answer(&mut self, name: &str, report: &Report) -> (Value, Option<Wish>) {
+    fn answer(&mut self, name: &str, machine: &impl Machine) -> (Value, Option<Wish>) {
         if !self.negotiated && name != "qmp_capabilities" {
             let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
             return (error("CommandNotFound", text), None);
@@ -150,16 +164,17 @@ impl Client {
                 (done, None)
             }
             "query-status" => {
-                let running = report.status == "running";
-                (json!({"return": {"status": report.status, "running": running, "singlestep": false}}), None)
+                let status = &machine.answer(Ask::Report)["status"];
+                (json!({"return": {"status": status, "running": status == "running", "singlestep": false}}), None)
             }
-            "query-name" => (json!({"return": {"name": report.name}}), None),
+            "query-name" => (json!({"return": {"name": machine.answer(Ask::Report)["name"]}}), None),
             "query-version" => (json!({"return": version()}), None),
             "query-commands" => {
                 let names: Vec<Value> = COMMANDS.iter().map(|name| json!({"name": name})).collect();
                 (json!({"return": names}), None)
             }
-            "query-outboard" => (json!({"return": report}), None),
+            "query-outboard" => (json!({"return": machine.answer(Ask::Report)}), None),
+            "query-outboard-stats" => (json!({"return": machine.answer(Ask::Stats)}), None),
             "system_powerdown" => (done, Some(Wish::PowerButton)),
             "system_reset" => (done, Some(Wish::Reset)),
             "quit" => (done, Some(Wish::Quit)),
@@ -182,6 +197,7 @@ const COMMANDS: &[&str] = &[
     "query-commands",
     "query-name",
     "query-outboard",
+    "query-outboard-stats",
     "query-status",
     "query-version",
     "quit",

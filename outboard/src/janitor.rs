@@ -40,6 +40,7 @@ const RULES: &[Rule] = &[
     allow(libc::SYS_fstat, "is it still the same directory?"),
     allow(libc::SYS_newfstatat, "is it still the same directory?"),
     allow(libc::SYS_lstat, "is it still the same directory?"),
+    allow(libc::SYS_rename, "what outlives the machine"),
     allow(libc::SYS_unlink, "the control socket"),
     allow(libc::SYS_rmdir, "the directory"),
     allow(libc::SYS_clock_nanosleep, "waiting for the dead composer's lock"),
@@ -64,7 +65,7 @@ pub struct Janitor {
 
 impl Janitor {
     /// Starts one and waits until it is ready: only then may anything change that it would have to put back.
-    pub fn start(dir: &RuntimeDir, terminal: Option<&Terminal>) -> Result<Self> {
+    pub fn start(dir: &RuntimeDir, terminal: Option<&Terminal>, background: bool) -> Result<Self> {
         let (mut stream, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
         let program = env::current_exe().context("Cannot find out where outboard itself is")?;
         let mut command = Command::new(program);
@@ -72,6 +73,8 @@ impl Janitor {
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(dir.handle()?));
         command.stderr(match terminal {
             Some(terminal) => Stdio::from(terminal.file().try_clone().context("Cannot share the terminal")?),
+            // A caller that waits for everybody to let go of its standard error is not to wait for us.
+            None if background => Stdio::null(),
             None => Stdio::inherit(),
         });
         let child = command.spawn().context("Cannot start the janitor")?;

@@ -19,20 +19,32 @@
 //! | the composer, by a signal | the power button, a deadline, the end; a second signal ends at once |
 //! | the composer, by SIGKILL | the kernel kills every child; the [`janitor`] removes the directory and restores the terminal |
 //!
-//! The [`control`] socket of a running machine speaks QMP. [`ps`] and [`stop`] are its clients; they hold no state.
+//! The [`control`] socket of a running machine speaks QMP. [`ps`] and [`stop`] are its clients; they hold no state. What its
+//! processes say and what happens to them is kept beside it ([`journal`]), for [`logs`] and [`events`].
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod background;
+pub mod check;
+pub mod console;
 pub mod control;
+pub mod doctor;
 pub mod error;
+pub mod events;
 pub mod janitor;
+pub mod journal;
+pub mod logs;
 pub mod machine;
+pub mod metrics;
+pub mod moment;
 pub mod notices;
+pub mod pages;
 pub mod ps;
 pub mod runtime;
 pub mod stop;
 pub mod supervisor;
 pub mod table;
+pub mod top;
 
 use std::process::ExitCode;
 
@@ -40,6 +52,7 @@ use clap::Parser;
 
 use args::{Args, Command};
 use error::Usage;
+use machine::schema;
 
 /// Wrong usage, as opposed to something that failed.
 const USAGE: u8 = 2;
@@ -48,8 +61,17 @@ const USAGE: u8 = 2;
 pub fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Run(args) => supervisor::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Schema(args) => schema(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Stop(args) => stop::run(&args),
+        Command::Console(args) => console::run(&args),
+        Command::Top(args) => top::run(&args),
+        Command::Events(args) => events::run(&args),
+        Command::Logs(args) => logs::run(&args),
+        Command::Completions(args) => pages::completions(&args),
+        Command::Man(args) => pages::man(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Janitor(args) => janitor::run(&args),
     };
     match result {
@@ -59,4 +81,11 @@ pub fn main() -> ExitCode {
             ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
         }
     }
+}
+
+/// Prints the schema.
+fn schema(args: &args::Schema) -> anyhow::Result<u8> {
+    let text = if args.markdown { schema::page::page() } else { format!("{:#}\n", schema::json::schema()) };
+    notices::answer(&text)?;
+    Ok(0)
 }

@@ -7,12 +7,14 @@ pub mod check;
 pub mod file;
 pub mod flags;
 pub mod nearest;
+pub mod schema;
 pub mod size;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::args::OnReboot;
+use crate::usage;
 
 /// A machine.
 #[derive(Debug, PartialEq, Eq)]
@@ -104,6 +106,8 @@ pub enum Stdio {
     Output,
     /// The terminal: stdin and stdout. When it ends with 0, the user has left.
     Terminal,
+    /// None of them, but the socket to which `outboard console` connects.
+    Attach,
 }
 
 /// A program beside `outboard`, with its arguments.
@@ -117,6 +121,37 @@ pub struct Program {
     pub stdio: Stdio,
     /// A file that must be there before the program is started.
     pub needs: Option<PathBuf>,
+}
+
+/// What is kept of a console's output while nobody is attached: a boot with all its messages, several times over.
+const KEPT: usize = 256 * 1024;
+
+impl Machine {
+    /// Its consoles to attach to get their sockets.
+    pub fn attach(&mut self, socket: &Path) {
+        for program in self.programs().filter(|program| program.stdio == Stdio::Attach) {
+            let keep = KEPT.to_string();
+            program.args = vec!["--socket".into(), socket.into(), "--keep".into(), keep.into()];
+        }
+    }
+
+    /// There is no terminal: who wants the console that was to be there attaches to it.
+    pub fn without_terminal(&mut self) -> anyhow::Result<()> {
+        if self.serial == Serial::Stdio {
+            usage!("A machine in the background has no terminal for its serial port: give it a file");
+        }
+        for program in self.programs().filter(|program| program.stdio == Stdio::Terminal) {
+            program.stdio = Stdio::Attach;
+        }
+        Ok(())
+    }
+
+    fn programs(&mut self) -> impl Iterator<Item = &mut Program> {
+        self.devices.iter_mut().filter_map(|device| match &mut device.backend {
+            Backend::Process(program) => Some(program),
+            Backend::Socket(_) => None,
+        })
+    }
 }
 
 impl Program {
@@ -180,6 +215,8 @@ pub enum Console {
     Terminal,
     /// To a pseudo-terminal, whose name the process prints.
     Pty,
+    /// To whoever attaches with `outboard console`.
+    Attach,
     /// Into a file.
     File(PathBuf),
     /// To whoever connects to this socket.
@@ -193,11 +230,14 @@ impl Console {
         let stdio = match &self {
             Self::Terminal => Stdio::Terminal,
             Self::Pty => Stdio::Output,
+            Self::Attach => Stdio::Attach,
             _ => Stdio::Nothing,
         };
         let args: Vec<OsString> = match self {
             Self::Terminal => vec!["--terminal".into()],
             Self::Pty => vec!["--pty".into()],
+            // Its socket lies in the machine's directory, which is not made yet.
+            Self::Attach => Vec::new(),
             Self::File(path) => vec!["--file".into(), path.into()],
             Self::Socket(path) => vec!["--socket".into(), path.into()],
         };

@@ -4,16 +4,41 @@
 //! raw, where a line feed does not return to the margin. And whoever reads our stderr may have stopped reading: a
 //! supervisor that blocks in a write no longer supervises, so a line that does not fit is dropped and counted.
 
-use std::io::{Write, stderr};
+use std::io::{ErrorKind, Write, stderr, stdout};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OutputModes, tcgetattr};
 
+use crate::journal::Journal;
+use crate::moment;
+
 static DROPPED: AtomicU64 = AtomicU64::new(0);
+static KEPT: OnceLock<Mutex<Journal>> = OnceLock::new();
+
+/// What was said is kept there, too.
+pub fn keep(journal: Journal) {
+    let _kept_already = KEPT.set(Mutex::new(journal));
+}
+
+/// A line that is kept and not shown.
+pub fn note(text: &str) {
+    if let Some(journal) = KEPT.get() {
+        let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+        journal.append(&format!("{} {text}", moment::now()));
+    }
+}
+
+/// One line on stderr, and in what is kept.
+pub fn line(text: &str) {
+    note(text);
+    show(text);
+}
 
 /// One line (or several) on stderr.
-pub fn line(text: &str) {
+pub fn show(text: &str) {
     let stderr = stderr();
     let mut ready = [PollFd::new(&stderr, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -33,6 +58,14 @@ pub fn line(text: &str) {
     }
     // There is nobody left to tell if this fails.
     drop(stderr.lock().write_all(whole.as_bytes()));
+}
+
+/// An answer on stdout. `false`: nobody reads it any more, which is no error.
+pub fn answer(text: &str) -> Result<bool> {
+    match stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        written => written.map(|()| true).context("Cannot write to stdout"),
+    }
 }
 
 fn is_raw() -> bool {

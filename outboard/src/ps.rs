@@ -1,13 +1,11 @@
 //! `outboard ps`: the machines that run, and which process serves which device.
 
-use std::io::{Write, stdout};
-
 use anyhow::{Context, Result, bail};
 
 use crate::args::Ps;
 use crate::control::client::Client;
 use crate::control::report::{Report, table};
-use crate::runtime;
+use crate::{notices, runtime};
 
 /// The command.
 pub fn run(args: &Ps) -> Result<u8> {
@@ -34,7 +32,7 @@ pub fn run(args: &Ps) -> Result<u8> {
     } else {
         table(&reports)
     };
-    stdout().write_all(text.as_bytes()).context("Cannot write to stdout")?;
+    notices::answer(&text)?;
     Ok(0)
 }
 

@@ -6,7 +6,6 @@ use anyhow::{Result, bail};
 
 use crate::args::Stop;
 use crate::control::client::Client;
-use crate::machine::check;
 use crate::supervisor::PRESS_AGAIN;
 use crate::{notices, runtime};
 
@@ -15,12 +14,7 @@ const END_LIMIT: Duration = Duration::from_secs(15);
 
 /// The command.
 pub fn run(args: &Stop) -> Result<u8> {
-    check::name(&args.name, "machine")?;
-    let path = runtime::base()?.join(&args.name).join(runtime::CONTROL);
-    if !path.exists() {
-        bail!("No machine called `{}` is running", args.name);
-    }
-    let mut client = Client::connect(&path)?;
+    let mut client = Client::connect(&runtime::find(&args.name)?.join(runtime::CONTROL))?;
     if powers_off(&mut client, Duration::from_secs(args.timeout))? {
         notices::line(&format!("{}: powered off", args.name));
         return Ok(0);

@@ -11,29 +11,31 @@ pub mod signals;
 pub mod slot;
 pub mod start;
 pub mod terminal;
+pub mod view;
 pub mod vmm;
 pub mod winddown;
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use sandbox::NetNamespace;
-use serde_json::json;
 
 use self::ending::{End, Wanted};
 use self::process::{Ending, Process};
-use self::programs::{Programs, VMM};
+use self::programs::Programs;
 use self::signals::{Request, Signals};
 use self::slot::Slot;
-use self::vmm::{Command, DeviceState, Event, Link};
-use crate::control::report::{self, Report};
+use self::vmm::{Command, DeviceState, Link};
+use crate::control::report;
 use crate::control::{Server, Wish};
+use crate::events::{Event, What};
+use crate::journal::Journal;
 use crate::machine::{Backend, Machine, Restart};
-use crate::notices;
+use crate::{background, metrics, notices};
 
 pub use self::start::run;
 
@@ -57,12 +59,16 @@ pub struct Supervisor<'a> {
     vmm: Process,
     link: Link,
     control: Server,
+    metrics: metrics::server::Server,
+    events: Journal,
     signals: Signals,
     stage: Stage,
     wanted: Wanted,
     press_at: Option<Instant>,
+    began: SystemTime,
     end: Option<End>,
     announce: bool,
+    background: bool,
 }
 
 /// How far the machine is.
@@ -89,6 +95,8 @@ enum Source {
     Log(usize),
     NewClient,
     Client(usize),
+    NewScraper,
+    Scraper(usize),
 }
 
 impl Supervisor<'_> {
@@ -106,9 +114,12 @@ impl Supervisor<'_> {
                     Source::Log(index) => self.process_spoke(index),
                     Source::NewClient => self.control.accept(),
                     Source::Client(index) => self.client_spoke(index),
+                    Source::NewScraper => self.metrics.accept(),
+                    Source::Scraper(index) => self.scraped(index),
                 }
             }
             self.control.sweep();
+            self.metrics.sweep();
             self.do_what_is_due();
         }
         self.end.take().context("The machine has not ended")
@@ -117,7 +128,12 @@ impl Supervisor<'_> {
     /// Waits, and says what there is to do.
     fn wait(&self) -> Result<Vec<Source>> {
         let sources = self.sources();
-        let mut polled: Vec<PollFd<'_>> = sources.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        let flags = |source: &Source| match source {
+            Source::Scraper(index) => self.metrics.wants(*index),
+            _ => PollFlags::IN,
+        };
+        let mut polled: Vec<PollFd<'_>> =
+            sources.iter().map(|(source, fd)| PollFd::from_borrowed_fd(*fd, flags(source))).collect();
         let timeout = self.due().map(|due| due.saturating_duration_since(Instant::now()));
         // Rounded up to the next millisecond, so that the loop does not spin until something is due.
         let timeout = timeout.map(|left| Timespec::try_from(left + Duration::from_millis(1))).transpose()?;
@@ -144,6 +160,9 @@ impl Supervisor<'_> {
         let (listener, clients) = self.control.sources();
         sources.push((Source::NewClient, listener));
         sources.extend(clients.enumerate().map(|(index, fd)| (Source::Client(index), fd)));
+        let (listener, clients) = self.metrics.sources();
+        sources.push((Source::NewScraper, listener));
+        sources.extend(clients.enumerate().map(|(index, fd)| (Source::Scraper(index), fd)));
         sources
     }
 
@@ -174,10 +193,10 @@ impl Supervisor<'_> {
         while let Some(event) = self.link.receive() {
             match event {
                 Err(error) => notices::line(&format!("outboard: {error:#}")),
-                Ok(Event::Started) => self.started(),
-                Ok(Event::Device { device, state, reason }) => self.device_changed(&device, state, reason),
-                Ok(Event::Guest { what }) => self.guest_did(&what),
-                Ok(Event::Error { message }) => {
+                Ok(vmm::Event::Started) => self.started(),
+                Ok(vmm::Event::Device { device, state, reason }) => self.device_changed(&device, state, reason),
+                Ok(vmm::Event::Guest { what }) => self.guest_did(&what),
+                Ok(vmm::Event::Error { message }) => {
                     notices::line(&format!("vmm: {}", notices::printable(&message)));
                 }
             }
@@ -189,7 +208,7 @@ impl Supervisor<'_> {
             self.stage = Stage::Running;
         }
         self.vmm.log.release();
-        self.control.announce("RESUME", &json!({}));
+        self.happened(&Event::new(What::Started));
         self.announce_once();
     }
 
@@ -198,8 +217,16 @@ impl Supervisor<'_> {
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.device.name == device) else {
             return;
         };
+        let what = match state {
+            DeviceState::Connected if slot.served => What::DeviceBack,
+            DeviceState::Connected => What::DeviceConnected,
+            DeviceState::Lost => What::DeviceLost,
+            DeviceState::Degraded => What::DeviceDegraded,
+        };
         slot.note(state);
-        let reason = reason.map_or_else(String::new, |reason| format!(": {}", notices::printable(&reason)));
+        let reason = reason.map(|reason| notices::printable(&reason));
+        let event = Event::of(what, device).because(reason.clone());
+        let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
         match (state, &slot.device.backend) {
             (DeviceState::Connected, _) => {}
             (DeviceState::Degraded, _) => notices::line(&format!("{device}: degraded{reason}")),
@@ -211,19 +238,17 @@ impl Supervisor<'_> {
                 notices::line(&format!("{device}: the connection to {} is lost{reason}", path.display()));
             }
         }
-        let data = json!({"device": device, "state": state});
-        self.control.announce("OUTBOARD_DEVICE", &data);
+        self.happened(&event);
         self.announce_once();
     }
 
     fn guest_did(&mut self, what: &str) {
-        let event = match what {
-            "reset" => "RESET",
-            "shutdown" => "SHUTDOWN",
-            "panic" => "GUEST_PANICKED",
-            _ => "STOP",
-        };
-        self.control.announce(event, &json!({"guest": true, "reason": format!("guest-{what}")}));
+        self.happened(&Event::new(match what {
+            "reset" => What::GuestRebooted,
+            "shutdown" => What::GuestPoweredOff,
+            "panic" => What::GuestPanicked,
+            _ => What::GuestTripleFault,
+        }));
     }
 
     fn vmm_ended(&mut self) {
@@ -272,10 +297,12 @@ impl Supervisor<'_> {
             }
             return self.press_power_button(Some(POWER_OFF_LIMIT));
         }
+        self.happened(&Event::of(What::ProcessEnded, &name).because(Some(ending.to_string())));
         let Some(slot) = self.slots.get_mut(index) else {
             return;
         };
         if self.machine.restart == Restart::Never {
+            self.happened(&Event::of(What::GaveUp, &name).because(Some("restart is `never`".to_owned())));
             return notices::line(&format!("{name}: the process {ending}; it is not started again"));
         }
         let delay = slot.schedule();
@@ -290,21 +317,19 @@ impl Supervisor<'_> {
         poll(&mut polled, limit.as_ref()).is_ok_and(|ready| ready > 0)
     }
 
-    fn client_spoke(&mut self, index: usize) {
-        let report = self.report();
-        for wish in self.control.hear(index, &report) {
-            match wish {
-                Wish::PowerButton => self.press_power_button(None),
-                Wish::Reset => self.tell(&Command::Reset),
-                Wish::Quit => self.quit(Wanted::Now),
-            }
+    /// What a client wants.
+    fn grant(&mut self, wish: Wish) {
+        match wish {
+            Wish::PowerButton => self.press_power_button(None),
+            Wish::Reset => self.tell(&Command::Reset),
+            Wish::Quit => self.quit(Wanted::Now),
         }
     }
 
     /// Asks the guest to power off, and keeps its time if there is a limit.
     fn press_power_button(&mut self, limit: Option<Duration>) {
         self.tell(&Command::PowerButton);
-        self.control.announce("POWERDOWN", &json!({}));
+        self.happened(&Event::new(What::PowerButton));
         self.wanted = Wanted::PowerOff;
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         self.press_at = deadline.and_then(|_| Instant::now().checked_add(PRESS_AGAIN));
@@ -340,7 +365,7 @@ impl Supervisor<'_> {
             Stage::Ending(due) => Some(due),
             Stage::Starting | Stage::Running => None,
         };
-        self.slots.iter().filter_map(Slot::due).chain(stage).chain(self.press_at).min()
+        self.slots.iter().filter_map(Slot::due).chain(stage).chain(self.press_at).chain(self.metrics.due()).min()
     }
 
     fn do_what_is_due(&mut self) {
@@ -382,42 +407,32 @@ impl Supervisor<'_> {
                 return notices::line(&format!("{}: {error:#}; again in {:.1} s", slot.device.name, delay.as_secs_f32()));
             }
         };
+        let restarted = Event {
+            pid: slot.process.as_ref().map(|process| process.pid),
+            restarts: Some(slot.restarts),
+            ..Event::of(What::ProcessRestarted, &slot.device.name)
+        };
         let command = Command::Replug { device: &slot.device.name };
         if let Err(error) = self.link.send(&command, Some(connection.as_fd())) {
             notices::line(&format!("outboard: {error:#}"));
         }
+        self.happened(&restarted);
     }
 
-    /// The table of processes, once everything runs.
+    /// The table of processes, and the word to who waits for a machine in the background, once everything runs.
     fn announce_once(&mut self) {
         let connected = self.slots.iter().all(|slot| slot.state == Some(DeviceState::Connected));
         if self.announce && connected && self.stage != Stage::Starting {
             self.announce = false;
             let mut report = self.report();
             report.look();
-            notices::line(&report::table(&[report]));
+            notices::show(&report::table(&[report]));
         }
-    }
-
-    fn report(&self) -> Report {
-        let status = match self.stage {
-            Stage::Starting => "prelaunch",
-            Stage::Running | Stage::Stopping(_) => "running",
-            Stage::Ending(_) => "shutdown",
-        };
-        let ours = |role: &str, program: &str, pid: i32, state: &str| report::Process {
-            role: role.to_owned(),
-            class: None,
-            program: program.to_owned(),
-            pid: Some(pid),
-            state: state.to_owned(),
-            restarts: 0,
-            uptime: Some(self.vmm.began.elapsed().as_secs()),
-            confinement: None,
-        };
-        let own_pid = rustix::process::getpid().as_raw_nonzero().get();
-        let mut processes = vec![ours("composer", "outboard", own_pid, "watching"), ours("vmm", VMM, self.vmm.pid, status)];
-        processes.extend(self.slots.iter().map(Slot::report));
-        Report { name: self.machine.name.clone(), status: status.to_owned(), processes }
+        if self.background && connected && self.stage != Stage::Starting {
+            self.background = false;
+            if let Err(error) = background::running() {
+                notices::line(&format!("outboard: {error:#}"));
+            }
+        }
     }
 }

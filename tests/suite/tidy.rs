@@ -203,11 +203,25 @@ mod tests {
             let all = sources(".").into_iter().filter(|(path, _)| path.contains(&format!("{device}/src/")));
             let text: String = all.clone().filter(|(path, _)| !path.ends_with("metrics.rs")).map(|(_, text)| text).collect();
             let metrics: String = all.filter(|(path, _)| path.ends_with("metrics.rs")).map(|(_, text)| text).collect();
+            assert!(text.contains("metrics::publish(startup.metrics()?, &metrics::ALL,"), "{device} shows no counter");
             for name in metrics.lines().filter_map(|line| line.strip_prefix("pub static ")?.split(':').next()) {
                 assert!(text.contains(&format!("metrics::{name}.add(")), "{device}: {name} is never counted");
                 assert!(metrics.contains(&format!("&{name},")), "{device}: {name} is not shown");
             }
         }
+    }
+
+    #[test]
+    fn a_machine_file_knows_the_classes_of_the_vmm() {
+        let quoted = |text: &str, before: &str| -> BTreeSet<String> {
+            text.split(before).skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned).collect()
+        };
+        let vmm = fs::read_to_string(root().join("vmm/src/classes.rs")).unwrap();
+        let schema = fs::read_to_string(root().join("outboard/src/machine/schema.rs")).unwrap();
+        let line = schema.lines().find(|line| line.starts_with("pub const CLASSES")).unwrap();
+        let known: BTreeSet<String> = line.split('"').skip(1).step_by(2).map(str::to_owned).collect();
+        let rows = vmm.split_once("pub static CLASSES").unwrap().1.split_once("];").unwrap().0;
+        assert_eq!(known, quoted(rows, "name: \""));
     }
 
     #[test]

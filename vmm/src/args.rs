@@ -134,12 +134,12 @@ fn usage<T>(text: impl Into<String>) -> Result<T, Usage> {
 }
 
 fn parse_size(text: &str) -> Result<u64, Usage> {
+    // A bare number is as often meant as MiB as it is as bytes.
     let (digits, unit) = match text.char_indices().last() {
         Some((at, unit)) if unit.is_ascii_alphabetic() => (text.get(..at).unwrap_or_default(), unit),
-        _ => (text, 'b'),
+        _ => return usage("write a number and a unit, such as 512M or 2G"),
     };
     let shift = match unit.to_ascii_uppercase() {
-        'B' => 0,
         'K' => 10,
         'M' => 20,
         'G' => 30,
@@ -291,8 +291,7 @@ mod tests {
     fn sizes_have_units() {
         assert_eq!(parse_size("512M"), Ok(512 << 20));
         assert_eq!(parse_size("3g"), Ok(3 << 30));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        for bad in ["", "M", "1X", "-1M", "99999999999T", "1.5G", "ß"] {
+        for bad in ["", "M", "4096", "512B", "1X", "-1M", "99999999999T", "1.5G", "ß"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
     }
@@ -336,7 +335,7 @@ mod tests {
         };
         assert!(config(&[]).is_ok());
         assert!(config(&["--memory", "1M"]).is_err());
-        assert!(config(&["--memory", "33554433"]).is_err());
+        assert!(config(&["--memory", "32770K"]).is_err());
         assert!(config(&["--device", "a,class=rng,fd=3", "--control-fd", "3"]).is_err());
         assert!(config(&["--serial", "fd=1"]).is_err());
         assert!(config(&["--cpus", "0"]).is_err());

@@ -24,6 +24,7 @@ use crate::kernel::Images;
 use crate::kvm::{Chips, Vm};
 use crate::machine::{Error, host};
 use crate::memory::Memory;
+use crate::metrics;
 use crate::pci::Pci;
 use crate::pm::Power;
 use crate::serial::{Com1, Terminal};
@@ -204,6 +205,9 @@ impl Control {
                 if let Some((_, terminal)) = &mut self.serial {
                     terminal.send();
                 }
+                if let Some((com1, _)) = &self.serial {
+                    metrics::DROPPED_BYTES.set(com1.dropped());
+                }
             }
             Token::Input => {
                 if let Some((com1, terminal)) = &mut self.serial {
@@ -212,13 +216,18 @@ impl Control {
             }
             Token::HangUp(index) => self.with_remote(index, Remote::hang_up),
             Token::Request(index) => self.with_remote(index, Remote::listen),
-            Token::RingError(index) => self.with_remote(index, Remote::ring_error),
+            Token::RingError(index) => {
+                metrics::RING_ERRORS.add(index, 1);
+                self.with_remote(index, Remote::ring_error);
+            }
         }
         Ok(None)
     }
 
     fn with_remote(&mut self, index: usize, act: impl FnOnce(&mut Remote) -> Option<Change>) {
-        let change = self.remotes.get_mut(index).and_then(act);
+        let Some(remote) = self.remotes.get_mut(index) else { return };
+        let change = act(remote);
+        metrics::RINGS.set(index, u64::try_from(remote.rings()).unwrap_or_default());
         self.tell_change(index, change);
     }
 
@@ -253,6 +262,7 @@ impl Control {
 
     /// The same machine from its beginning: same process, same descriptors, same device processes.
     fn restart(&mut self) -> Result<(), Error> {
+        metrics::RESETS.add(1);
         self.order(Order::Wait)?;
         for index in 0..self.remotes.len() {
             self.with_remote(index, Remote::reset);

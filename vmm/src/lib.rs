@@ -9,6 +9,7 @@
 //! | `control` | the control thread's poll loop, the control socket |
 //! | `cpu`, `events` | processors: state, thread, orders to them and reports from them |
 //! | `kvm`, `memory`, `sandbox` | everything `unsafe`; guest RAM; what each thread may do |
+//! | `metrics` | what is counted |
 //! | `kernel`, `boot`, `acpi` | what the guest finds in memory when it starts |
 //! | `bus`, `pci`, `virtio` | what it finds when it looks around |
 //! | `serial`, `cmos`, `i8042`, `pm`, `pvpanic` | the rest of a PC |
@@ -30,6 +31,7 @@ pub mod kernel;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod pci;
 pub mod pm;
 pub mod pvpanic;

@@ -11,6 +11,7 @@ use vmm::sandbox::{POLICY, PROCESSOR};
 fn main() -> ExitCode {
     daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
         let config = Config::try_from(startup.args())?;
+        vmm::metrics::publish(startup.metrics()?, config.devices.len())?;
         let opened = Opened::open(config, |fd| startup.inherited(fd).map_err(io::Error::other))?;
         let confined = startup.confine()?;
         let (machine, cpus, shared) = opened.build()?;

@@ -5,11 +5,15 @@ use std::path::PathBuf;
 use clap::{Args as Group, Parser};
 use daemon::{Arguments, Base, Capabilities, Socket};
 
+/// More than a day of most consoles.
+const MOST_KEPT: i64 = 16 << 20;
+
 /// Serves a virtual machine's console (virtio-console over vhost-user).
 #[derive(Debug, Parser)]
 #[command(
     name = "outboard-console",
     version,
+    override_usage = "outboard-console [OPTIONS] <--terminal|--pty|--file <PATH>|--socket <PATH>> <--socket-path <PATH>|--fd <FD>>\n       outboard-console --print-capabilities",
     after_help = "On a terminal, Ctrl-] q leaves, and Ctrl-] Ctrl-] sends Ctrl-] to the guest."
 )]
 pub struct Args {
@@ -17,6 +21,9 @@ pub struct Args {
     socket: Socket,
     #[command(flatten)]
     port: PortArgs,
+    /// With --socket: keep the last BYTES of what nobody has read yet, and show them to the next client
+    #[arg(long, value_name = "BYTES", requires = "socket", value_parser = clap::value_parser!(u32).range(1..=MOST_KEPT))]
+    keep: Option<u32>,
     /// What is accepted as guest memory
     #[command(flatten)]
     pub memory: vhost_user::args::MemoryArgs,
@@ -43,7 +50,7 @@ struct PortArgs {
 
 impl Arguments for Args {
     const CAPABILITIES: Option<Capabilities> =
-        Some(Capabilities { kind: "console", features: &["terminal", "pty", "file", "socket"] });
+        Some(Capabilities { kind: "console", features: &["terminal", "pty", "file", "socket", "keep"] });
 
     fn base(&self) -> &Base {
         &self.base
@@ -63,15 +70,18 @@ pub enum Config {
     Pty,
     /// A file that is appended to.
     File(PathBuf),
-    /// A socket that is listened on.
-    Socket(PathBuf),
+    /// A socket that is listened on, and how much is kept for its next client.
+    Socket(PathBuf, Option<usize>),
 }
 
 impl From<&Args> for Config {
     fn from(args: &Args) -> Config {
         match (&args.port.file, &args.port.socket, args.port.pty) {
             (Some(path), _, _) => Config::File(path.clone()),
-            (_, Some(path), _) => Config::Socket(path.clone()),
+            (_, Some(path), _) => {
+                let keep = args.keep.and_then(|bytes| usize::try_from(bytes).ok());
+                Config::Socket(path.clone(), keep)
+            }
             (_, _, true) => Config::Pty,
             _ => Config::Terminal,
         }

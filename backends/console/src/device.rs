@@ -191,10 +191,19 @@ impl Serve for Relay {
         // Nothing is read that could not be delivered: the typist waits. A client is let in at any time.
         let wanted = self.waiting == 0 && (slots.has(RECEIVE) || self.port.is_listening());
         let input = self.port.source().filter(|_| wanted);
-        [input, self.port.size_changes()].map(|fd| fd.map(|fd| (fd, PollFlags::IN)))
+        let other = match self.port.behind() {
+            Some(client) => Some((client, PollFlags::OUT)),
+            None => self.port.size_changes().map(|changes| (changes, PollFlags::IN)),
+        };
+        [input.map(|fd| (fd, PollFlags::IN)), other]
     }
 
     fn ready(&mut self, which: usize, _events: PollFlags, slots: &mut Slots) {
-        if which == 0 { self.read_port(slots) } else { self.size_changed() }
+        match which {
+            0 => self.read_port(slots),
+            // Only a terminal has a size, and only a client can be behind.
+            _ if self.port.behind().is_some() => self.port.catch_up(),
+            _ => self.size_changed(),
+        }
     }
 }

@@ -18,9 +18,11 @@ use crate::args::Config;
 use crate::metrics;
 
 mod escape;
+mod kept;
 mod terminal;
 
 use escape::Escape;
+use kept::Kept;
 pub use terminal::Raw;
 
 /// How long a port that takes nothing is waited for, once.
@@ -60,6 +62,8 @@ pub struct Port {
     stuck: bool,
     /// How long the file is that is written. It belongs to this process alone, so that what is counted stays true.
     position: Option<u64>,
+    /// What is kept for the next client, instead of being dropped.
+    kept: Option<Kept>,
     /// Keeps a pseudo-terminal from hanging up when nobody has it open.
     _slave: Option<OwnedFd>,
 }
@@ -86,12 +90,22 @@ impl Port {
             Config::Terminal => Port::terminal(),
             Config::Pty => Ok((Port::pty()?, None)),
             Config::File(path) => Ok((Port::file(path)?, None)),
-            Config::Socket(path) => Ok((Port::socket(path)?, None)),
+            Config::Socket(path, keep) => Ok((Port::socket(path, *keep)?, None)),
         }
     }
 
     fn new() -> Port {
-        Port { input: None, output: None, listener: None, escape: None, screen: None, stuck: false, position: None, _slave: None }
+        Port {
+            input: None,
+            output: None,
+            listener: None,
+            escape: None,
+            screen: None,
+            stuck: false,
+            position: None,
+            kept: None,
+            _slave: None,
+        }
     }
 
     fn terminal() -> Result<(Port, Option<Raw>)> {
@@ -136,11 +150,11 @@ impl Port {
         Ok(Port { output: Some(Sink::File(file)), position, ..Port::new() })
     }
 
-    fn socket(path: &Path) -> Result<Port> {
+    fn socket(path: &Path, keep: Option<usize>) -> Result<Port> {
         let what = || format!("Cannot listen on {}", path.display());
         let listener = daemon::listen(path)?;
         listener.set_nonblocking(true).with_context(what)?;
-        Ok(Port { listener: Some(listener), ..Port::new() })
+        Ok(Port { listener: Some(listener), kept: keep.map(Kept::new), ..Port::new() })
     }
 
     /// How far the file is written, modulo 2^32: a request is far shorter. `None` if this is no file.
@@ -161,6 +175,14 @@ impl Port {
     /// It waits for a client.
     pub fn is_listening(&self) -> bool {
         self.input.is_none() && self.listener.is_some()
+    }
+
+    /// What becomes writable when more of what is kept can be shown.
+    pub fn behind(&self) -> Option<BorrowedFd<'_>> {
+        match (&self.output, &self.kept) {
+            (Some(Sink::Client(client)), Some(kept)) if !kept.first().is_empty() => Some(client.as_fd()),
+            _ => None,
+        }
     }
 
     /// What becomes readable when the size changes.
@@ -205,6 +227,7 @@ impl Port {
         });
         if let Ok((input, client)) = client {
             (self.input, self.output, self.stuck) = (Some(input), Some(Sink::Client(client)), false);
+            self.catch_up();
         }
         Typed::Nothing
     }
@@ -225,6 +248,10 @@ impl Port {
 
     /// Shows bytes. What the port does not take is dropped.
     pub fn write(&mut self, bytes: &[u8]) {
+        if let Some(kept) = &mut self.kept {
+            metrics::DROPPED_BYTES.add(kept.add(bytes) as u64);
+            return self.catch_up();
+        }
         let mut rest = bytes;
         while !rest.is_empty() {
             let Some(sink) = &mut self.output else { break };
@@ -247,6 +274,24 @@ impl Port {
             }
         }
         metrics::DROPPED_BYTES.add(rest.len() as u64);
+    }
+}
+
+impl Port {
+    /// Shows of what is kept as much as the client takes now. Nothing is waited for: the rest stays.
+    pub fn catch_up(&mut self) {
+        let (Some(kept), Some(sink)) = (&mut self.kept, &mut self.output) else { return };
+        while !kept.first().is_empty() {
+            match sink.write(kept.first()) {
+                Ok(0) => return,
+                Ok(count) => kept.take(count),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return,
+                Err(_) => {
+                    (self.input, self.output) = (None, None);
+                    return;
+                }
+            }
+        }
     }
 }
 

@@ -63,6 +63,9 @@ pub struct Base {
     /// The process is in its namespaces already
     #[arg(long, hide = true)]
     pub namespaced: bool,
+    /// The page in which counters are shown
+    #[arg(long, hide = true, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub metrics_fd: Option<RawFd>,
 }
 
 /// Arguments of every program that serves a vhost-user socket.

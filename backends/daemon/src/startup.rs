@@ -4,10 +4,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::{fs, panic, process, thread};
+use std::{fs, io, panic, process, thread};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::error::ErrorKind;
+use clap_mangen::Man;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use sandbox::{Filter, Policy, When, close_all_but, confine, signal_fd};
 use tracing::{debug, info, warn};
@@ -52,6 +53,9 @@ fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
         println!("{}", describe(policy));
         return Err(0);
     }
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == "--print-man") {
+        return Err(u8::from(print_man::<A>().is_err()));
+    }
     A::try_parse().map_err(|error| {
         let _nobody_reads = error.print();
         match error.kind() {
@@ -80,9 +84,16 @@ fn describe(policy: &Policy) -> serde_json::Value {
     serde_json::json!({"program": policy.name, "descriptors": policy.limits.descriptors, "threads": threads})
 }
 
+/// The manual page, made from the same words as `--help`. `outboard man` asks for it. In the section
+/// of what runs by itself: there is a command `outboard console`, too.
+fn print_man<A: Arguments>() -> io::Result<()> {
+    Man::new(A::command()).section("8").render(&mut io::stdout().lock())
+}
+
 fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
     let mut inherited = args.inherited();
     inherited.extend(args.socket().and_then(|socket| socket.fd));
+    inherited.extend(args.base().metrics_fd);
     if !args.base().namespaced {
         let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
         return parent::run(&inherited, socket);
@@ -143,6 +154,14 @@ impl<A: Arguments> Startup<A> {
     /// When nothing is open under that number.
     pub fn inherited(&self, fd: RawFd) -> Result<OwnedFd> {
         sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} is not open"))
+    }
+
+    /// The page in which counters are to be shown, if somebody asked for them.
+    ///
+    /// # Errors
+    /// When nothing is open under the number that was given.
+    pub fn metrics(&self) -> Result<Option<OwnedFd>> {
+        self.args.base().metrics_fd.map(|fd| self.inherited(fd)).transpose()
     }
 
     /// Gives up everything that is not open. The socket, if the arguments name one, is opened before.

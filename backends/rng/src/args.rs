@@ -9,7 +9,11 @@ use crate::source::Share;
 
 /// Serves random numbers of this host to a virtual machine (virtio-rng over vhost-user).
 #[derive(Debug, Parser)]
-#[command(name = "outboard-rng", version)]
+#[command(
+    name = "outboard-rng",
+    version,
+    override_usage = "outboard-rng [OPTIONS] <--socket-path <PATH>|--fd <FD>>\n       outboard-rng --print-capabilities"
+)]
 pub struct Args {
     #[command(flatten)]
     socket: Socket,

@@ -246,6 +246,11 @@ impl Session {
         self.link = None;
     }
 
+    /// How many rings the other end serves.
+    pub fn running(&self) -> usize {
+        self.link.as_ref().and(self.active.as_ref()).map_or(0, |active| active.rings.len())
+    }
+
     /// The connection, to be watched for its end.
     pub fn connection(&self) -> Option<BorrowedFd<'_>> {
         self.link.as_ref().map(|link| link.frontend.as_fd())

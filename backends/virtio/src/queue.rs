@@ -24,6 +24,7 @@ use crate::GUEST;
 use crate::chain::{self, Chain};
 use crate::inflight::{self, Log};
 use crate::memory::{self, Memory, Span};
+use crate::metrics::{BROKEN, CALLS, CHAINS, KICKS};
 
 /// Largest ring (virtio 1.3, 2.7: a power of two, at most 32768).
 pub const MAX_SIZE: u16 = 32768;
@@ -244,6 +245,7 @@ impl Queue {
     pub fn acknowledge_kick(&mut self) {
         let Some(kick) = &self.kick else { return };
         let mut count = [0; 8];
+        KICKS.add(self.index.into(), 1);
         match rustix::io::read(kick, &mut count) {
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
             // The descriptor is not what it was when it was checked: better never again than for ever.
@@ -260,6 +262,9 @@ impl Queue {
             return None;
         }
         let popped = self.try_pop(chain);
+        if let Ok(Some(_)) = popped {
+            CHAINS.add(self.index.into(), 1);
+        }
         popped.unwrap_or_else(|error| {
             self.break_ring(error);
             None
@@ -374,6 +379,7 @@ impl Queue {
     /// Interrupts the guest.
     pub fn signal(&self) {
         if let Some(call) = &self.call {
+            CALLS.add(self.index.into(), 1);
             // A full counter means that the guest has not looked since the last one.
             let _already_signalled = rustix::io::write(call, &1u64.to_ne_bytes());
         }
@@ -406,6 +412,7 @@ impl Queue {
     }
 
     fn break_ring(&mut self, error: Error) {
+        BROKEN.add(self.index.into(), 1);
         let cause = Source::source(&error).map(ToString::to_string).unwrap_or_default();
         tracing::warn!(target: GUEST, queue = self.index, "The driver broke its ring: {error}. {cause}");
         if let Some(fd) = &self.error {

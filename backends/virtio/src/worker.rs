@@ -149,7 +149,7 @@ impl Slot {
 }
 
 fn condemn(token: &Token, index: u16) {
-    metrics::CONDEMNED.add(1);
+    metrics::CONDEMNED.add(index.into(), 1);
     tracing::error!(
         queue = index,
         head = token.head(),

@@ -37,6 +37,9 @@ pub struct Process {
     /// How it is confined, filled in by who asks.
     #[serde(default)]
     pub confinement: Option<Confinement>,
+    /// When it was started, in seconds since 1970.
+    #[serde(default)]
+    pub started: Option<u64>,
 }
 
 /// How a process is confined, as the kernel sees it.
@@ -145,6 +148,7 @@ impl Report {
             restarts: 1,
             uptime: Some(61),
             confinement: None,
+            started: Some(1),
         };
         Self { name: "example".to_owned(), status: "running".to_owned(), processes: vec![process] }
     }

@@ -2,7 +2,16 @@
 
 use std::io::{BufRead, BufReader};
 
+use super::report::Report;
 use super::*;
+
+struct Example;
+
+impl Machine for Example {
+    fn answer(&self, _ask: Ask) -> Value {
+        serde_json::to_value(Report::example()).unwrap()
+    }
+}
 
 struct Conversation {
     server: Server,
@@ -30,7 +39,7 @@ impl Conversation {
 
     fn say(&mut self, text: &str) -> (Value, Vec<Wish>) {
         writeln!(self.client, "{text}").unwrap();
-        let wishes = self.server.hear(0, &Report::example());
+        let wishes = self.server.hear(0, &Example);
         (self.answer(), wishes)
     }
 }
@@ -56,7 +65,7 @@ fn a_client_that_sends_without_end_is_dropped() {
     talk.client.set_nonblocking(true).unwrap();
     for _ in 0..40 {
         drop(talk.client.write(&[b'x'; 4096]));
-        assert!(talk.server.hear(0, &Report::example()).is_empty());
+        assert!(talk.server.hear(0, &Example).is_empty());
     }
     talk.server.sweep();
     assert!(talk.server.clients.is_empty());

@@ -7,50 +7,82 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use super::schema::MOST_CPUS;
 use super::{Backend, Machine, Program, Stdio, size};
 use crate::usage;
 
 /// What a Linux kernel needs beside its own image and its initrd to reach its first process.
 const LEAST_MEMORY: u64 = 32 << 20;
-/// The VMM's own limit; saying it here names the machine file's key instead of the VMM's flag.
-const MOST_CPUS: u8 = 64;
 /// The name becomes a directory, part of a socket's path (108 bytes in all), and a word in a table.
 const LONGEST_NAME: usize = 40;
 
-/// Checks what a machine names.
+/// Checks what a machine names. The error is the first thing that is wrong.
 pub fn machine(machine: &Machine) -> Result<()> {
-    name(&machine.name, "machine")?;
-    if machine.cpus == 0 || machine.cpus > MOST_CPUS {
-        usage!("A machine cannot have {} processors: the number must be between 1 and {MOST_CPUS}", machine.cpus);
+    all(machine).into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+}
+
+/// All that is wrong, each with the key of `[machine]` or the name of the device it is about.
+pub fn all(machine: &Machine) -> Vec<(String, anyhow::Error)> {
+    let mut wrong = Vec::new();
+    let mut note = |about: &str, result: Result<()>| wrong.extend(result.err().map(|error| (about.to_owned(), error)));
+    note("name", name(&machine.name, "machine"));
+    note("cpus", cpus(machine.cpus));
+    note("sandbox-floor", floor(machine.sandbox_floor.as_deref()));
+    let size_of = |path: &Path, what| readable(path).with_context(|| about(what, path));
+    let kernel = size_of(&machine.kernel, "kernel");
+    let initrd = machine.initrd.as_ref().map_or(Ok(0), |path| size_of(path, "initrd"));
+    let files = kernel.as_ref().unwrap_or(&0) + initrd.as_ref().unwrap_or(&0);
+    note("kernel", kernel.map(drop));
+    note("initrd", initrd.map(drop));
+    note("memory", memory(machine.memory, files));
+    let mut names = HashSet::new();
+    let (mut terminals, mut attached) = (0, 0);
+    for device in &machine.devices {
+        note(&device.name, name(&device.name, "device"));
+        note(&device.name, unique(&device.name, &mut names));
+        let backend = match &device.backend {
+            Backend::Process(program) => image(program, &device.name),
+            Backend::Socket(path) => socket(path, &device.name),
+        };
+        note(&device.name, backend);
+        let Backend::Process(program) = &device.backend else { continue };
+        terminals += u32::from(program.stdio == Stdio::Terminal);
+        attached += u32::from(program.stdio == Stdio::Attach);
+        match program.stdio {
+            Stdio::Terminal => note(&device.name, one(terminals, "have the terminal")),
+            Stdio::Attach => note(&device.name, one(attached, "be attached to")),
+            _ => {}
+        }
     }
-    if let Some(floor) = &machine.sandbox_floor
+    wrong
+}
+
+fn cpus(cpus: u8) -> Result<()> {
+    if cpus == 0 || u32::from(cpus) > MOST_CPUS {
+        usage!("A machine cannot have {cpus} processors: the number must be between 1 and {MOST_CPUS}");
+    }
+    Ok(())
+}
+
+fn floor(floor: Option<&str>) -> Result<()> {
+    if let Some(floor) = floor
         && let Err(problem) = floor.parse::<sandbox::Floor>()
     {
         usage!("Cannot lower the sandbox's floor to `{floor}`: {problem}");
     }
-    let kernel = readable(&machine.kernel).with_context(|| about("kernel", &machine.kernel))?;
-    let initrd = match &machine.initrd {
-        Some(path) => readable(path).with_context(|| about("initrd", path))?,
-        None => 0,
-    };
-    memory(machine.memory, kernel + initrd)?;
-    let mut names = HashSet::new();
-    for device in &machine.devices {
-        name(&device.name, "device")?;
-        if !names.insert(&device.name) {
-            usage!("Two devices are called `{}`: each needs a name of its own", device.name);
-        }
-        match &device.backend {
-            Backend::Process(program) => image(program, &device.name)?,
-            Backend::Socket(path) => socket(path, &device.name)?,
-        }
+    Ok(())
+}
+
+fn unique<'a>(name: &'a str, names: &mut HashSet<&'a str>) -> Result<()> {
+    if !names.insert(name) {
+        usage!("Two devices are called `{name}`: each needs a name of its own");
     }
-    let terminals = machine
-        .devices
-        .iter()
-        .filter(|device| matches!(&device.backend, Backend::Process(Program { stdio: Stdio::Terminal, .. })));
-    if terminals.count() > 1 {
-        usage!("Only one console can have the terminal");
+    Ok(())
+}
+
+fn one(count: u32, what: &str) -> Result<()> {
+    if count > 1 {
+        usage!("Only one console can {what}");
     }
     Ok(())
 }

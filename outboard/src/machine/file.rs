@@ -1,143 +1,117 @@
 //! The machine file: TOML, every key known, every error one sentence that names the file and the line.
+//!
+//! `values` holds the text against the [schema](super::schema) and collects all that is wrong; only a file without a mistake
+//! becomes a machine.
+
+mod values;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf, absolute};
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
-use toml::Spanned;
 
-use super::nearest::nearest;
+use self::values::Values;
 use super::{Backend, Class, Console, Device, Disk, Machine, Restart, Serial, rng, size};
 use crate::args::OnReboot;
 use crate::error::Usage;
-use crate::usage;
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct File {
-    machine: MachineTable,
-    #[serde(default)]
-    disk: Named<DiskTable>,
-    #[serde(default)]
-    rng: Named<RngTable>,
-    #[serde(default)]
-    console: Named<ConsoleTable>,
-    #[serde(default)]
-    device: Named<DeviceTable>,
-}
 
 /// The period of a limited source of random numbers, in milliseconds.
 const DEFAULT_PERIOD: u32 = 1000;
 
-/// Tables by name, each knowing where it stands: the guest finds the devices in the order of the file.
-type Named<T> = BTreeMap<String, Spanned<T>>;
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct MachineTable {
-    name: Option<String>,
-    cpus: Option<u8>,
-    memory: Option<String>,
-    kernel: PathBuf,
-    initrd: Option<PathBuf>,
-    #[serde(default)]
-    cmdline: String,
-    serial: Option<String>,
-    #[serde(default)]
-    on_reboot: OnReboot,
-    #[serde(default)]
-    restart: Restart,
-    sandbox_floor: Option<String>,
+/// Something wrong in a machine file.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Where; 0 where there is no line for it.
+    pub line: usize,
+    /// What, as a sentence.
+    pub says: String,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct DiskTable {
-    path: PathBuf,
-    #[serde(default)]
-    format: Format,
-    #[serde(default)]
-    readonly: bool,
-    queues: Option<u16>,
-    serial: Option<String>,
+impl Problem {
+    /// With the place in front.
+    #[must_use]
+    pub fn sentence(&self, file: &str) -> String {
+        match self.line {
+            0 => format!("{file}: {}", self.says),
+            line => format!("{file}:{line}: {}", self.says),
+        }
+    }
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Format {
-    #[default]
-    Raw,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct RngTable {
-    max_bytes: Option<u32>,
-    period: Option<u32>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct ConsoleTable {
-    #[serde(default)]
-    output: Output,
-    path: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-enum Output {
-    #[default]
-    Terminal,
-    Pty,
-    File,
-    Socket,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct DeviceTable {
-    class: Option<String>,
-    id: Option<u32>,
-    queues: Option<u16>,
-    socket: PathBuf,
+/// A file that was read.
+#[derive(Debug)]
+pub struct Read {
+    /// The machine.
+    pub machine: Machine,
+    /// The lines of what else can be wrong with it: keys of `[machine]`, and devices by name.
+    pub lines: BTreeMap<String, usize>,
 }
 
 /// Reads a machine file.
 pub fn read(path: &Path) -> Result<Machine> {
-    let text = fs::read_to_string(path).with_context(|| format!("Cannot read the machine file {}", path.display()))?;
-    let place = absolute(path).with_context(|| format!("Cannot find {}", path.display()))?;
-    let dir = place.parent().unwrap_or(Path::new("/"));
-    parse(&text, &path.display().to_string(), dir)
+    let (text, dir) = open(path)?;
+    parse(&text, &path.display().to_string(), &dir)
 }
 
-/// Reads the text of a machine file that is called `name` and lies in `dir`.
+/// The text of a machine file, and the folder to which its paths are relative.
+pub fn open(path: &Path) -> Result<(String, PathBuf)> {
+    let text = fs::read_to_string(path).with_context(|| format!("Cannot read the machine file {}", path.display()))?;
+    let place = absolute(path).with_context(|| format!("Cannot find {}", path.display()))?;
+    Ok((text, place.parent().unwrap_or(Path::new("/")).to_path_buf()))
+}
+
+/// Reads the text of a machine file that is called `name` and lies in `dir`. The first thing that is wrong is the error.
 pub fn parse(text: &str, name: &str, dir: &Path) -> Result<Machine> {
-    let file: File = toml::from_str(text).map_err(|error| Usage(explain(&error, text, name)))?;
-    let devices = devices(&file, dir).map_err(|(at, error)| {
-        let line = line_of(text, at);
-        Usage(format!("{name}:{line}: {error}"))
-    })?;
-    let table = file.machine;
-    let default_name = Path::new(name).file_stem().map(|stem| stem.to_string_lossy().into_owned());
-    Ok(Machine {
-        name: table.name.or(default_name).unwrap_or_else(|| "machine".to_owned()),
-        cpus: table.cpus.unwrap_or(1),
-        memory: size::parse(table.memory.as_deref().unwrap_or("512M")).map_err(|error| {
-            let line = text.find("memory").map_or(1, |at| line_of(text, at));
-            Usage(format!("{name}:{line}: {error}"))
-        })?,
-        kernel: dir.join(table.kernel),
-        initrd: table.initrd.map(|path| dir.join(path)),
-        cmdline: table.cmdline,
-        serial: serial(table.serial.as_deref(), dir),
-        on_reboot: table.on_reboot,
-        restart: table.restart,
-        sandbox_floor: table.sandbox_floor,
-        devices,
+    look(text, name, dir).map(|read| read.machine).map_err(|problems| {
+        let first = problems.first().map_or_else(String::new, |problem| problem.sentence(name));
+        let more = match problems.len() {
+            0 | 1 => String::new(),
+            count => format!(" ({} more: outboard check {name})", count - 1),
+        };
+        Usage(format!("{first}{more}")).into()
     })
+}
+
+/// The same with all that is wrong, in the order of the file.
+pub fn look(text: &str, name: &str, dir: &Path) -> Result<Read, Vec<Problem>> {
+    let tables = values::read(text)?;
+    let mut lines = BTreeMap::new();
+    let mut devices: Vec<Device> = Vec::new();
+    let mut own = None;
+    // The guest finds the devices in the order of the file.
+    for table in &tables {
+        let device = match table.kind {
+            "disk" => disk(table, dir),
+            "rng" => rng_device(table),
+            "console" => console(table, dir),
+            "device" => foreign(table, dir),
+            _ => {
+                own = Some(table);
+                continue;
+            }
+        };
+        lines.insert(table.name.clone(), table.line);
+        devices.push(device);
+    }
+    // `values::read` has found the table and its kernel.
+    let table = own.ok_or_else(Vec::new)?;
+    lines.extend(table.lines());
+    let default_name = Path::new(name).file_stem().map_or_else(|| "machine".into(), |stem| stem.to_string_lossy().into_owned());
+    let machine = Machine {
+        name: table.text("name").unwrap_or(default_name),
+        cpus: table.number("cpus").and_then(|cpus| u8::try_from(cpus).ok()).unwrap_or(1),
+        memory: table.text("memory").and_then(|text| size::parse(&text).ok()).unwrap_or(512 << 20),
+        kernel: dir.join(table.text("kernel").unwrap_or_default()),
+        initrd: table.text("initrd").map(|path| dir.join(path)),
+        cmdline: table.text("cmdline").unwrap_or_default(),
+        serial: serial(table.text("serial").as_deref(), dir),
+        on_reboot: if table.is("on-reboot", "exit") { OnReboot::Exit } else { OnReboot::Restart },
+        restart: if table.is("restart", "never") { Restart::Never } else { Restart::Always },
+        sandbox_floor: table.text("sandbox-floor"),
+        devices,
+    };
+    Ok(Read { machine, lines })
 }
 
 /// Where the serial port leads, in words.
@@ -150,126 +124,40 @@ pub fn serial(text: Option<&str>, dir: &Path) -> Serial {
     }
 }
 
-/// All devices, in the order of the file. An error comes with its place.
-fn devices(file: &File, dir: &Path) -> Result<Vec<Device>, (usize, anyhow::Error)> {
-    let mut found: Vec<(usize, Device)> = Vec::new();
-    for (name, table) in &file.disk {
-        found.push((table.span().start, disk(name, table.get_ref(), dir)));
-    }
-    for (name, table) in &file.rng {
-        let at = table.span().start;
-        found.push((at, rng_device(name, table.get_ref()).map_err(|error| (at, error))?));
-    }
-    for (name, table) in &file.console {
-        let at = table.span().start;
-        found.push((at, console(name, table.get_ref(), dir).map_err(|error| (at, error))?));
-    }
-    for (name, table) in &file.device {
-        let at = table.span().start;
-        found.push((at, foreign(name, table.get_ref(), dir).map_err(|error| (at, error))?));
-    }
-    found.sort_by_key(|(at, _)| *at);
-    Ok(found.into_iter().map(|(_, device)| device).collect())
+fn path(table: &Values, key: &str, dir: &Path) -> PathBuf {
+    dir.join(table.text(key).unwrap_or_default())
 }
 
-fn disk(name: &str, table: &DiskTable, dir: &Path) -> Device {
-    let Format::Raw = table.format;
-    let disk = Disk { path: dir.join(&table.path), readonly: table.readonly, queues: table.queues, serial: table.serial.clone() };
-    disk.device(name.to_owned())
+fn queues(table: &Values) -> Option<u16> {
+    table.number("queues").and_then(|queues| u16::try_from(queues).ok())
 }
 
-fn rng_device(name: &str, table: &RngTable) -> Result<Device> {
-    let limit = match (table.max_bytes, table.period) {
-        (None, None) => None,
-        (Some(0), _) | (_, Some(0)) => usage!("[rng.{name}] has a limit of nothing: both numbers start at 1"),
-        (Some(bytes), period) => Some((bytes, period.unwrap_or(DEFAULT_PERIOD))),
-        (None, Some(_)) => usage!("[rng.{name}] has a `period` and no `max-bytes` to go with it"),
+fn disk(table: &Values, dir: &Path) -> Device {
+    let (readonly, serial) = (table.yes("readonly"), table.text("serial"));
+    Disk { path: path(table, "path", dir), readonly, queues: queues(table), serial }.device(table.name.clone())
+}
+
+fn rng_device(table: &Values) -> Device {
+    let limit = table.number("max-bytes").map(|bytes| (bytes, table.number("period").unwrap_or(DEFAULT_PERIOD)));
+    rng(table.name.clone(), limit)
+}
+
+fn console(table: &Values, dir: &Path) -> Device {
+    let console = match table.text("output").as_deref() {
+        Some("pty") => Console::Pty,
+        Some("attach") => Console::Attach,
+        Some("file") => Console::File(path(table, "path", dir)),
+        Some("socket") => Console::Socket(path(table, "path", dir)),
+        _ => Console::Terminal,
     };
-    Ok(rng(name.to_owned(), limit))
+    console.device(table.name.clone())
 }
 
-fn console(name: &str, table: &ConsoleTable, dir: &Path) -> Result<Device> {
-    let console = match (table.output, &table.path) {
-        (Output::Terminal, None) => Console::Terminal,
-        (Output::Pty, None) => Console::Pty,
-        (Output::File, Some(path)) => Console::File(dir.join(path)),
-        (Output::Socket, Some(path)) => Console::Socket(dir.join(path)),
-        (Output::File | Output::Socket, None) => usage!("[console.{name}] needs a `path`"),
-        (Output::Terminal | Output::Pty, Some(_)) => {
-            usage!("[console.{name}] has a `path`, but its output is no file and no socket")
-        }
-    };
-    Ok(console.device(name.to_owned()))
-}
-
-fn foreign(name: &str, table: &DeviceTable, dir: &Path) -> Result<Device> {
-    let class = match (&table.class, table.id) {
-        (Some(class), None) => Class::Named(class.clone()),
-        (None, Some(id)) => Class::Id(id),
-        _ => usage!("[device.{name}] needs either a `class` or an `id`"),
-    };
-    if matches!(class, Class::Id(_)) && table.queues.is_none() {
-        usage!("[device.{name}] has an `id` and no `class`, so it needs its number of `queues`");
-    }
-    let backend = Backend::Socket(dir.join(&table.socket));
-    Ok(Device { name: name.to_owned(), class, queues: table.queues, backend })
-}
-
-/// One sentence about what is wrong, and where.
-fn explain(error: &toml::de::Error, text: &str, name: &str) -> String {
-    let at = error.span().map_or(0, |span| span.start);
-    let line = line_of(text, at);
-    let message = error.message();
-    if let Some((key, known)) = unknown(message) {
-        let near = nearest(&key, &known)
-            .map_or_else(|| format!("known are {}", listed(&known)), |known| format!("did you mean `{known}`?"));
-        let is_table = text.lines().nth(line - 1).is_some_and(|line| line.trim_start().starts_with('['));
-        let (what, place) = match () {
-            () if is_table => ("table", String::new()),
-            () if message.starts_with("unknown variant") => ("value", section(text, line)),
-            () => ("key", section(text, line)),
-        };
-        return format!("{name}:{line}: Unknown {what} `{key}`{place}; {near}");
-    }
-    if message == "missing field `machine`" {
-        return format!("{name}: The machine file needs a table [machine]");
-    }
-    if let Some(key) = message.strip_prefix("missing field ") {
-        let table = section(text, line);
-        let table = table.strip_prefix(" in ").unwrap_or("The machine file");
-        return format!("{name}:{line}: {table} needs {key}");
-    }
-    let first = message.lines().next().unwrap_or(message);
-    format!("{name}:{line}: {}{}", capital(first), section(text, line))
-}
-
-/// The unknown key of serde's "unknown field `x`, expected one of `a`, `b`", and the known ones.
-fn unknown(message: &str) -> Option<(String, Vec<&str>)> {
-    let rest = message.strip_prefix("unknown field ").or_else(|| message.strip_prefix("unknown variant "))?;
-    let mut quoted = rest.split('`').skip(1).step_by(2);
-    let key = quoted.next()?.to_owned();
-    Some((key, quoted.collect()))
-}
-
-/// " in [disk.root]": the table that a line belongs to.
-fn section(text: &str, line: usize) -> String {
-    let lines = text.lines().take(line).map(str::trim);
-    let heading = lines.filter(|line| line.starts_with('[')).last();
-    let name = heading.and_then(|heading| Some(heading.trim_start_matches('[').split(']').next()?.trim().to_owned()));
-    name.map_or_else(String::new, |name| format!(" in [{name}]"))
-}
-
-fn listed(words: &[&str]) -> String {
-    words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", ")
-}
-
-fn capital(text: &str) -> String {
-    let mut letters = text.chars();
-    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
-}
-
-fn line_of(text: &str, at: usize) -> usize {
-    text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1
+fn foreign(table: &Values, dir: &Path) -> Device {
+    let id = table.number("id").map(Class::Id);
+    let class = table.text("class").map(Class::Named).or(id).unwrap_or(Class::Id(0));
+    let backend = Backend::Socket(path(table, "socket", dir));
+    Device { name: table.name.clone(), class, queues: queues(table), backend }
 }
 
 #[cfg(test)]

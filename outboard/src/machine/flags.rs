@@ -72,9 +72,10 @@ fn console(text: &str, index: usize, dir: &Path) -> Result<Device> {
     let console = match text.split_once('=') {
         None if text == "terminal" => Console::Terminal,
         None if text == "pty" => Console::Pty,
+        None if text == "attach" => Console::Attach,
         Some(("file", path)) => Console::File(dir.join(path)),
         Some(("socket", path)) => Console::Socket(dir.join(path)),
-        _ => usage!("--console {text}: Expected terminal, pty, file=PATH or socket=PATH"),
+        _ => usage!("--console {text}: Expected terminal, attach, pty, file=PATH or socket=PATH"),
     };
     Ok(console.device(format!("console{index}")))
 }
@@ -130,6 +131,7 @@ pub fn here() -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::Stdio;
 
     #[test]
     fn a_machine_in_flags() {
@@ -137,15 +139,17 @@ mod tests {
             kernel: Some("k".into()),
             disk: vec!["path=a.img,format=raw,readonly,queues=2".into()],
             rng: true,
-            console: vec!["file=log".into()],
+            console: vec!["file=log".into(), "attach".into()],
             device: vec!["share,class=fs,socket=/s".into()],
             ..Flags::default()
         };
         let machine = machine(&flags, Path::new("/w")).unwrap();
         assert_eq!(machine.kernel, Path::new("/w/k"));
         let names: Vec<&str> = machine.devices.iter().map(|device| device.name.as_str()).collect();
-        assert_eq!(names, ["disk0", "rng0", "console0", "share"]);
+        assert_eq!(names, ["disk0", "rng0", "console0", "console1", "share"]);
         assert_eq!(machine.devices[0].queues, Some(2));
+        let Backend::Process(program) = &machine.devices[3].backend else { panic!("a console is a process") };
+        assert_eq!(program.stdio, Stdio::Attach);
     }
 
     #[test]

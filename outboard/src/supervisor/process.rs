@@ -6,13 +6,14 @@ use std::io::{ErrorKind, Read};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use sandbox::{NetNamespace, Spawn};
+use virtio::metrics::page;
 
 use crate::machine::Stdio;
 use crate::notices;
@@ -21,6 +22,9 @@ use crate::notices;
 const LONGEST_LINE: usize = 4096;
 /// What is kept back of a process that has not served yet.
 const MOST_HELD_LINES: usize = 64;
+
+/// The first number a process can be given a descriptor under.
+const FIRST: i32 = 3;
 
 /// What to start.
 #[derive(Debug)]
@@ -46,8 +50,12 @@ pub struct Process {
     pub pidfd: OwnedFd,
     /// When it was started.
     pub began: Instant,
+    /// When that was by the calendar.
+    pub since: SystemTime,
     /// Its stderr.
     pub log: Log,
+    /// Where it shows its counters. Each process gets a page of its own, so none can write into its successor's.
+    pub counters: OwnedFd,
 }
 
 impl Process {
@@ -60,12 +68,17 @@ impl Process {
         let (input, output) = match order.stdio {
             Stdio::Terminal => (stdin.as_fd(), stdout.as_fd()),
             Stdio::Output => (null.as_fd(), stdout.as_fd()),
-            Stdio::Nothing => (null.as_fd(), null.as_fd()),
+            Stdio::Nothing | Stdio::Attach => (null.as_fd(), null.as_fd()),
         };
+        let counters = page::make().context("Cannot make a page for counters")?;
+        let Order { mut args, mut fds, .. } = order;
+        let number = fds.iter().map(|(_, number)| *number + 1).max().unwrap_or(FIRST);
+        args.extend(["--metrics-fd".into(), number.to_string().into()]);
+        fds.push((counters.as_fd(), number));
         let child = sandbox::spawn(&Spawn {
             program: order.program,
-            args: order.args,
-            fds: order.fds,
+            args,
+            fds,
             stdin: Some(input),
             stdout: Some(output),
             stderr: Some(writer.as_fd()),
@@ -73,7 +86,8 @@ impl Process {
         })
         .with_context(|| format!("Cannot start {}", order.program.display()))?;
         let log = Log::new(reader, name, hold);
-        Ok(Self { pid: child.pid, pidfd: child.pidfd, began: Instant::now(), log })
+        let (began, since) = (Instant::now(), SystemTime::now());
+        Ok(Self { pid: child.pid, pidfd: child.pidfd, began, since, log, counters })
     }
 
     /// Sends a signal; to a process that has just ended, it makes no difference.

@@ -9,6 +9,8 @@ use crate::machine::{Backend, Machine};
 
 /// The VMM's file name.
 pub const VMM: &str = "outboard-vmm";
+/// All programs that a machine may need.
+pub const PROGRAMS: [&str; 4] = [VMM, "outboard-blk", "outboard-rng", "outboard-console"];
 
 /// The directory of the programs.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ use sandbox::NetNamespace;
 use super::policy::Backoff;
 use super::process::{Order, Process};
 use super::programs::Programs;
+use super::view::seconds;
 use super::vmm::DeviceState;
 use crate::control::report;
 use crate::machine::{Backend, Class, Device, Machine, Program, Stdio};
@@ -67,6 +68,8 @@ impl<'a> Slot<'a> {
     pub fn start(&mut self, machine: &Machine, programs: &Programs, net: &NetNamespace) -> Result<OwnedFd> {
         self.retry_at = None;
         self.kill_at = None;
+        // What the VMM said was about the predecessor.
+        self.state = None;
         self.began = Instant::now();
         match &self.device.backend {
             Backend::Socket(path) => connect_to(path)
@@ -162,6 +165,7 @@ impl<'a> Slot<'a> {
             restarts: self.restarts,
             uptime: Some(self.began.elapsed().as_secs()),
             confinement: None,
+            started: self.process.as_ref().and_then(|process| seconds(process.since)),
         }
     }
 

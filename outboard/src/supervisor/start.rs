@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::stdin;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use rustix::process::getpid;
@@ -19,12 +20,18 @@ use super::terminal::Terminal;
 use super::vmm::Link;
 use super::{Stage, Supervisor};
 use crate::args::{OnReboot, Run};
+use crate::background;
 use crate::control::Server;
 use crate::janitor::Janitor;
+use crate::journal::Journal;
 use crate::machine::{Machine, Serial, Stdio, check, file, flags};
-use crate::notices;
 use crate::runtime::{self, RuntimeDir};
+use crate::{metrics, notices, usage};
 
+/// What is kept of the processes' words, twice: some ten thousand lines. A runtime directory lies in memory.
+const LOG_LIMIT: usize = 512 * 1024;
+/// What is kept of the events, twice: a few thousand.
+const EVENTS_LIMIT: usize = 256 * 1024;
 /// The first number of the descriptors the VMM inherits.
 const FIRST: i32 = 3;
 
@@ -60,27 +67,46 @@ const NEVER: &[i64] = &[
 
 /// The command.
 pub fn run(args: &Run) -> Result<u8> {
-    let machine = match &args.file {
-        Some(path) => file::read(path)?,
+    let mut machine = match &args.file {
+        Some(path) => {
+            let given = args.flags.given().join(", ");
+            if !given.is_empty() {
+                usage!("A machine is a file or flags, not both: with {} leave out {given}", path.display());
+            }
+            file::read(path)?
+        }
         None => flags::machine(&args.flags, &flags::here()?)?,
     };
+    if args.detach || args.background {
+        machine.without_terminal()?;
+    }
     check::machine(&machine)?;
     let programs = Programs::find(&machine)?;
+    if args.detach {
+        return background::start(&machine.name);
+    }
+    if args.background {
+        background::enter()?;
+    }
     // From here on every end must leave nothing behind; these are dropped in the opposite order.
     let signals = Signals::new()?;
     let dir = RuntimeDir::create(&runtime::base()?, &machine.name)?;
+    machine.attach(&dir.path().join(runtime::CONSOLE));
     let terminal = Terminal::remember(stdin());
-    let janitor = Janitor::start(&dir, terminal.as_ref())?;
+    let janitor = Janitor::start(&dir, terminal.as_ref(), args.background)?;
     let control = Server::new(&dir.path().join(runtime::CONTROL))?;
+    notices::keep(Journal::new(dir.path().join(runtime::LOG), LOG_LIMIT)?);
+    let events = Journal::new(dir.path().join(runtime::EVENTS), EVENTS_LIMIT)?;
+    let metrics = metrics::server::Server::new(&dir.path().join(runtime::METRICS))?;
     let net = NetNamespace::new().context("Cannot make the machine's network namespace")?;
     give_up()?;
-    let parts = Parts { programs, net, signals, control };
-    let end = supervise(&machine, parts, args.announce);
+    let parts = Parts { programs, net, signals, control, metrics, events };
+    let end = supervise(&machine, parts, args);
     drop(terminal);
     drop(dir);
     drop(janitor);
     let end = end?;
-    notices::line(&format!("{}: {}", machine.name, end.sentence));
+    notices::show(&format!("{}: {}", machine.name, end.sentence));
     Ok(end.status)
 }
 
@@ -90,10 +116,12 @@ struct Parts {
     net: NetNamespace,
     signals: Signals,
     control: Server,
+    metrics: metrics::server::Server,
+    events: Journal,
 }
 
-fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
-    let Parts { programs, net, signals, control } = parts;
+fn supervise(machine: &Machine, parts: Parts, args: &Run) -> Result<End> {
+    let Parts { programs, net, signals, control, metrics, events } = parts;
     let mut slots: Vec<Slot<'_>> = machine.devices.iter().map(Slot::new).collect();
     let mut connections = Vec::new();
     for slot in &mut slots {
@@ -111,14 +139,21 @@ fn supervise(machine: &Machine, parts: Parts, announce: bool) -> Result<End> {
         vmm,
         link,
         control,
+        metrics,
+        events,
         signals,
         stage: Stage::Starting,
         wanted: Wanted::No,
         press_at: None,
+        began: SystemTime::now(),
         end: None,
-        announce,
+        announce: args.announce,
+        background: args.background,
     };
     let end = supervisor.run();
+    if let Ok(end) = &end {
+        supervisor.ended(end);
+    }
     supervisor.wind_down();
     end
 }

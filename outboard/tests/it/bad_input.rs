@@ -41,6 +41,33 @@ fn a_typo_in_the_machine_file() {
 }
 
 #[test]
+fn a_file_and_flags_at_once() {
+    let machine = Machine::new().file("");
+    let all = [
+        ("--name", "x"),
+        ("--kernel", "k"),
+        ("--initrd", "i"),
+        ("--cmdline", "c"),
+        ("--memory", "1G"),
+        ("--cpus", "2"),
+        ("--disk", "path=d"),
+        ("--console", "pty"),
+        ("--device", "d,class=fs,socket=s"),
+        ("--serial", "none"),
+        ("--on-reboot", "exit"),
+        ("--sandbox-floor", "linux-6.1"),
+    ];
+    for (flag, value) in all {
+        let expected = usage(&format!("A machine is a file or flags, not both: with web.toml leave out {flag}"));
+        assert_eq!(refused(&machine, &["run", "web.toml", flag, value]), expected);
+    }
+    let expected = usage("A machine is a file or flags, not both: with web.toml leave out --cpus, --rng");
+    assert_eq!(refused(&machine, &["run", "web.toml", "--rng", "--cpus", "2"]), expected);
+    let expected = usage("A machine needs a kernel: give --kernel or a machine file");
+    assert_eq!(refused(&machine, &["run", "--rng"]), expected);
+}
+
+#[test]
 fn a_missing_kernel() {
     let machine = Machine::new().file("");
     std::fs::remove_file(machine.dir.join("kernel")).unwrap();

@@ -1,14 +1,12 @@
 //! How a machine lives and ends.
 
-use std::fs::File;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
-use crate::machine::{LIMIT, Machine, Running, eventually, is_alive, kill, process};
+use crate::machine::{LIMIT, Machine, Running, eventually, is_alive, kill, process, terminal};
 
 const DEVICES: &str = "[disk.root]\npath = \"disk.img\"\n[rng.entropy]\n[console.main]\noutput = \"pty\"\n";
 
@@ -144,6 +142,8 @@ fn a_composer_that_is_killed_leaves_nothing_behind() {
     running.child.wait().unwrap();
     eventually("every process ends", || !pids.iter().any(|pid| is_alive(*pid)));
     eventually("the runtime directory goes", || machine.is_gone());
+    let events = machine.run(&["events", "web"]).stdout;
+    assert!(events.contains("  started"), "what had happened is still known: {events}");
 }
 
 #[test]
@@ -164,11 +164,7 @@ fn a_backend_of_somebody_else_is_connected_again() {
 fn the_terminal_is_put_back_however_the_machine_ends() {
     for signal in [Signal::TERM, Signal::KILL] {
         let machine = Machine::new().file("[console.main]\n").pretend("console:raw");
-        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        grantpt(&controller).unwrap();
-        unlockpt(&controller).unwrap();
-        let path = ptsname(&controller, Vec::new()).unwrap();
-        let terminal = File::options().read(true).write(true).open(path.to_str().unwrap()).unwrap();
+        let (_controller, terminal) = terminal();
         let is_raw = || !tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON);
         let mut command = machine.command(&["run", "web.toml"]);
         command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap());

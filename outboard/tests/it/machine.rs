@@ -7,6 +7,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags, open};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
 
 /// What a busy machine may take for something that takes milliseconds.
@@ -73,7 +75,10 @@ impl Machine {
 
     /// Nothing is left of it in the runtime directory.
     pub(crate) fn is_gone(&self) -> bool {
-        fs::read_dir(self.dir.join("run/outboard")).is_ok_and(|mut entries| entries.next().is_none())
+        let entries = fs::read_dir(self.dir.join("run/outboard"));
+        // Beside the directories of machines that run lies what is remembered of those that have ended.
+        let is_left = |entry: fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
+        entries.is_ok_and(|entries| !entries.flatten().any(is_left))
     }
 }
 
@@ -156,4 +161,15 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 pub(crate) fn is_alive(pid: u64) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     !status.is_empty() && !status.contains(") Z ")
+}
+
+/// A pseudo-terminal: who types, and where it is read. It does not become the test's own.
+pub(crate) fn terminal() -> (fs::File, fs::File) {
+    let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    grantpt(&controller).unwrap();
+    unlockpt(&controller).unwrap();
+    let path = ptsname(&controller, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = open(path.as_c_str(), flags, Mode::empty()).unwrap();
+    (fs::File::from(controller), fs::File::from(terminal))
 }

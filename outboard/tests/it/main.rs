@@ -2,6 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod attach;
 mod bad_input;
+mod check;
 mod life;
 mod machine;
+mod pages;
+mod view;

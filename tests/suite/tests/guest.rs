@@ -13,4 +13,5 @@ mod guest {
     mod life;
     mod machine;
     mod outside;
+    mod view;
 }

@@ -179,6 +179,11 @@ impl Remote {
         self.session.backend_requests()
     }
 
+    /// How many rings run.
+    pub fn rings(&self) -> usize {
+        self.session.running()
+    }
+
     /// Does what the driver has asked for since the last time.
     pub fn serve(&mut self) -> Option<Change> {
         let work = self.function.work();

@@ -68,7 +68,7 @@ fn what_is_missing_or_of_the_wrong_kind_is_said() {
     assert_eq!(error("[disk.a]\npath = \"x\"\n"), "machine.toml: The machine file needs a table [machine]");
     assert_eq!(
         error("[machine]\nkernel = \"k\"\ncpus = \"two\"\n"),
-        "machine.toml:3: Invalid type: string \"two\", expected u8 in [machine]"
+        "machine.toml:3: `cpus` in [machine] must be a number from 1 to 64, not \"two\""
     );
     assert_eq!(
         error("[machine]\nkernel = \"k\"\nmemory = \"12\"\n"),
@@ -84,6 +84,35 @@ fn what_is_missing_or_of_the_wrong_kind_is_said() {
 fn tables_whose_keys_depend_on_each_other() {
     let with = |table: &str| error(&format!("[machine]\nkernel = \"k\"\n{table}"));
     assert_eq!(with("[console.c]\noutput = \"file\"\n"), "machine.toml:3: [console.c] needs a `path`");
-    assert_eq!(with("[rng.r]\nperiod = 5\n"), "machine.toml:3: [rng.r] has a `period` and no `max-bytes` to go with it");
-    assert_eq!(with("[device.d]\nsocket = \"s\"\n"), "machine.toml:3: [device.d] needs either a `class` or an `id`");
+    assert_eq!(with("[rng.r]\nperiod = 5\n"), "machine.toml:3: [rng.r] has `period` and no `max-bytes` to go with it");
+    assert_eq!(with("[device.d]\nsocket = \"s\"\n"), "machine.toml:3: [device.d] needs either `class` or `id`");
+}
+
+#[test]
+fn all_mistakes_are_found_at_once_in_the_order_of_the_file() {
+    let text = "[machine]\ncpus = 65\nkernal = \"k\"\n[disk.a]\nreadonly = \"yes\"\n[disk]\nb = 1\n[console.c]\noutput = \"hologram\"\npath = \"\"\n";
+    let problems = look(text, "machine.toml", Path::new("/vm")).unwrap_err();
+    let says: Vec<String> = problems.iter().map(|problem| problem.sentence("m")).collect();
+    assert_eq!(
+        says,
+        [
+            "m:1: [machine] needs `kernel`",
+            "m:2: `cpus` in [machine] must be a number from 1 to 64, not 65",
+            "m:3: Unknown key `kernal` in [machine]; did you mean `kernel`?",
+            "m:4: [disk.a] needs `path`",
+            "m:5: `readonly` in [disk.a] must be true or false, not \"yes\"",
+            "m:7: `b` is in no disk: write [disk.NAME] above it",
+            "m:9: Unknown value `hologram` in [console.c]; known are `terminal`, `attach`, `pty`, `file`, `socket`",
+            "m:10: `path` in [console.c] must be a path, not \"\"",
+        ]
+    );
+    let error = parse(text, "m", Path::new("/vm")).unwrap_err().to_string();
+    assert_eq!(error, "m:1: [machine] needs `kernel` (7 more: outboard check m)");
+}
+
+#[test]
+fn what_is_no_toml_is_told_by_its_line() {
+    let problems = look("[machine]\nkernel = \"k\ncpus = \n", "m", Path::new("/vm")).unwrap_err();
+    assert!(problems.iter().all(|problem| problem.line >= 2), "{problems:?}");
+    assert!(look("kernel", "m", Path::new("/")).is_err());
 }

@@ -214,12 +214,19 @@ impl Machine {
 
     /// Runs `outboard` about it.
     pub(crate) fn outboard(&self, words: &[&str]) -> String {
+        let (status, out, err) = self.outboard_status(words);
+        assert_eq!(status, Some(0), "{words:?}: {err}");
+        out
+    }
+
+    /// Runs `outboard` about it: exit status, standard output and error.
+    pub(crate) fn outboard_status(&self, words: &[&str]) -> (Option<i32>, String, String) {
         let mut command = Command::new(program("outboard"));
         command.args(words).stdin(Stdio::null());
         set_user(&mut command, self.user, &self.scratch);
         let output = command.output().unwrap();
-        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8_lossy(&output.stdout).into_owned()
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
     }
 
     /// Waits for its end.

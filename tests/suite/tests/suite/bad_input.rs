@@ -160,3 +160,30 @@ fn the_probe_says_what_is_wrong() {
     fails("outboard-probe", &["info", scratch.path("deaf").to_str().unwrap()], &["did not answer GET_FEATURES within"]);
     drop(listener);
 }
+
+#[test]
+fn every_program_prints_its_manual_page() {
+    for (name, option) in [
+        ("outboard-vmm", "--cpus"),
+        ("outboard-blk", "--blk-file"),
+        ("outboard-rng", "--max-bytes"),
+        ("outboard-console", "--keep"),
+    ] {
+        let ended = run(Command::new(program(name)).arg("--print-man"));
+        assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{name}");
+        let page = ended.out.replace("\\-", "-");
+        assert!(page.contains(&format!(".TH {name} 8")) && page.contains(option), "{page}");
+        assert!(!page.contains("--namespaced"), "{page}");
+    }
+}
+
+#[test]
+fn asking_what_a_program_can_do_needs_nothing_else_and_help_says_so() {
+    for name in ["outboard-blk", "outboard-rng", "outboard-console"] {
+        let help = run(Command::new(program(name)).arg("--help")).out;
+        let usage: Vec<&str> = help.lines().skip_while(|line| !line.starts_with("Usage:")).take(2).collect();
+        assert!(usage[0].ends_with("<--socket-path <PATH>|--fd <FD>>"), "{help}");
+        assert_eq!(usage[1].trim(), format!("{name} --print-capabilities"));
+        assert_eq!(run(Command::new(program(name)).arg("--print-capabilities")).code, Some(0));
+    }
+}

@@ -108,6 +108,38 @@ fn a_socket_has_one_client_after_the_other() {
 }
 
 #[test]
+fn what_nobody_has_read_is_kept_for_the_next_client() {
+    let scratch = Scratch::new();
+    let port = scratch.path("port");
+    let args = ["--socket", port.to_str().unwrap(), "--keep", "300000"];
+    let server = Server::start("outboard-console", &scratch, &args);
+    let mut guest = Guest::new(UnixStream::connect(&server.socket).unwrap());
+    guest.say(b"early\n");
+    let mut client = UnixStream::connect(&port).unwrap();
+    assert_eq!(read_some(&mut client, 6), b"early\n");
+    guest.say(b"now\n");
+    assert_eq!(read_some(&mut client, 4), b"now\n");
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"", "the console lets a client go that has said all");
+    // More than a socket holds, and than is kept.
+    let start = Instant::now();
+    for round in 0..10u8 {
+        guest.say(&[b'0' + round; 60_000]);
+    }
+    assert!(start.elapsed() < LIMIT, "without a client nothing waits");
+    let mut client = UnixStream::connect(&port).unwrap();
+    let kept = read_some(&mut client, 300_000);
+    let expected: Vec<u8> = (5..10u8).flat_map(|round| vec![b'0' + round; 60_000]).collect();
+    assert!(kept == expected, "the last bytes come, in order");
+    client.write_all(b"typed").unwrap();
+    assert_eq!(guest.hear(5), b"typed");
+    guest.say(b"after");
+    assert_eq!(read_some(&mut client, 5), b"after");
+}
+
+#[test]
 fn a_client_that_reads_nothing_does_not_stop_the_guest() {
     let scratch = Scratch::new();
     let port = scratch.path("port");
