@@ -212,3 +212,18 @@ fn an_old_frontend_without_protocol_features_is_served() {
     });
     wait_for("the interrupt", || rustix::io::read(call.as_ref(), &mut [0; 8]).ok());
 }
+
+#[test]
+fn a_table_may_have_as_many_regions_as_it_says() {
+    let scratch = Scratch::new();
+    let server = Server::start("outboard-rng", &scratch, &["--log-level", "error"]);
+    let (frontend, guest) = (greet(&server), Guest::new());
+    let slots = frontend.max_memory_slots().unwrap();
+    for slot in 1..slots {
+        let at = slot << 32;
+        let entry = RegionEntry { guest_addr: at, size: 4096, user_addr: (1 << 45) + at, offset: 0 };
+        frontend.add_memory_region(&entry, guest.fd.as_fd()).unwrap_or_else(|error| panic!("region {slot} of {slots}: {error}"));
+    }
+    let _kick = start(&frontend, &guest);
+    assert_eq!(frontend.ring_base(0, Duration::from_secs(5)).unwrap(), 0, "and rings run in it");
+}
