@@ -46,6 +46,7 @@ pub mod rules {
         allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "the allocator's arenas of threads"),
         allow(libc::SYS_write, "log lines and event descriptors"),
         allow(libc::SYS_read, "event and signal descriptors"),
+        allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "kicks, without waiting for one"),
         allow(libc::SYS_close, "descriptors that a peer has sent"),
         allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_GETFD as u32)], "debug builds look whether what they close is open"),
         allow(libc::SYS_poll, "waiting"),
