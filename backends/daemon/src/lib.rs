@@ -53,6 +53,9 @@ pub mod rules {
         allow(libc::SYS_ppoll, "waiting with a limit of time"),
         allow(libc::SYS_clock_gettime, "the time, where the kernel offers no faster way"),
         allow(libc::SYS_restart_syscall, "the kernel resumes a wait after SIGSTOP and SIGCONT"),
+        allow_if(libc::SYS_rt_sigaction, &[When::Is(0, libc::SIGBUS as u32)], "Rust lets a fault end the process as what it is"),
+        allow_if(libc::SYS_rt_sigaction, &[When::Is(0, libc::SIGSEGV as u32)], "Rust lets a fault end the process as what it is"),
+        allow(libc::SYS_rt_sigreturn, "Rust lets a fault end the process as what it is"),
         allow(libc::SYS_sigaltstack, "Rust takes its signal stack away at the end"),
         allow(libc::SYS_exit_group, "the end of the process"),
     ];
