@@ -79,7 +79,7 @@ const CPU: &[Rule] = &[
     allow(libc::SYS_mremap, "the allocator grows the buffer of COM1"),
     allow(libc::SYS_madvise, "the allocator gives pages back"),
     allow(libc::SYS_brk, "the allocator's heap"),
-    allow(libc::SYS_read, "silencing the notifiers of a device that is reset"),
+    allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "silencing the notifiers of a device that is reset"),
     allow(libc::SYS_write, "waking the control thread; kicks at an address KVM does not know; log lines"),
     allow(libc::SYS_poll, "whether a masked interrupt is pending"),
     allow(libc::SYS_ppoll, "whether a masked interrupt is pending"),

@@ -13,16 +13,16 @@
 //! entry is not consumed, so reading on would meet it again for ever.
 
 use std::error::Error as Source;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::io::Errno;
 
 use crate::GUEST;
 use crate::chain::{self, Chain};
+use crate::event;
 use crate::inflight::{self, Log};
 use crate::memory::{self, Memory, Span};
 
@@ -33,9 +33,6 @@ pub const MAX_SIZE: u16 = 32768;
 const NO_INTERRUPT: u16 = 1;
 /// Device flag: do not kick (without EVENT_IDX).
 const NO_NOTIFY: u16 = 1;
-
-/// The position of a file that has none.
-const WHEREVER: u64 = u64::MAX;
 
 const FLAGS_AT: usize = 0;
 const INDEX_AT: usize = 2;
@@ -230,11 +227,9 @@ impl Queue {
     /// can have taken back that it does not block.
     pub fn acknowledge_kick(&mut self) {
         let Some(kick) = &self.kick else { return };
-        let mut count = [0; 8];
-        match preadv2(kick, &mut [IoSliceMut::new(&mut count)], WHEREVER, ReadWriteFlags::NOWAIT) {
-            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
-            // The descriptor is not what it was when it was checked: better never again than for ever.
-            Err(_) => self.kick = None,
+        // The descriptor is not what it was when it was checked: better never again than for ever.
+        if event::take(kick.as_fd()).is_err() {
+            self.kick = None;
         }
     }
 
@@ -352,7 +347,7 @@ impl Queue {
     /// Interrupts the guest.
     pub fn signal(&self) {
         if let Some(call) = &self.call {
-            notify(call.as_fd());
+            event::signal(call.as_fd());
         }
     }
 
@@ -386,20 +381,9 @@ impl Queue {
         let cause = Source::source(&error).map(ToString::to_string).unwrap_or_default();
         tracing::warn!(target: GUEST, queue = self.index, "The driver broke its ring: {error}. {cause}");
         if let Some(fd) = &self.error {
-            notify(fd.as_fd());
+            event::signal(fd.as_fd());
         }
         self.broken = Some(error);
-    }
-}
-
-/// Signals an event descriptor, if it has room: a full counter means that nobody has looked since the last time.
-///
-/// It was made not to block when it came, but that is a property of the open file, which its owner shares. One that lets it block
-/// again and fills it would keep this thread in `write` for ever. (For writing there is no flag like the one for reading.)
-fn notify(fd: BorrowedFd<'_>) {
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    if poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::OUT)], Some(&now)).unwrap_or(0) > 0 {
-        let _already_signalled = rustix::io::write(fd, &1u64.to_ne_bytes());
     }
 }
 
