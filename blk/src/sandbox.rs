@@ -1,6 +1,6 @@
 //! What the process may do.
 
-use daemon::rules::{PROTOCOL, RUNTIME};
+use daemon::rules::{PROTOCOL, RINGS, RUNTIME};
 use sandbox::{Limits, Policy, Rule, allow};
 
 use crate::args::MAX_QUEUES;
@@ -23,5 +23,5 @@ pub const POLICY: Policy = Policy {
     name: "outboard-blk",
     limits: Limits { descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64, threads: MAX_QUEUES as u64 + 2 },
     control: &[RUNTIME, PROTOCOL],
-    threads: &[(THREAD, &[RUNTIME, QUEUE])],
+    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE])],
 };

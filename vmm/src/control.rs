@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use self::socket::{Command, ControlSocket, Event, Received};
@@ -165,7 +165,9 @@ impl Control {
             tokens.push(token);
             fds.push(PollFd::from_borrowed_fd(fd, flags));
         });
-        match poll(&mut fds, None) {
+        // Who is not listened to now is listened to again then.
+        let deaf = self.remotes.iter().filter_map(Remote::deaf_for).min().and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut fds, deaf.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(host("wait for events")(e.into())),
         }
@@ -188,7 +190,9 @@ impl Control {
         for (index, remote) in self.remotes.iter().enumerate() {
             if let Some(fd) = remote.connection() {
                 add(Token::HangUp(index), fd, PollFlags::RDHUP);
-                add(Token::RingError(index), remote.ring_errors(), PollFlags::IN);
+            }
+            if let Some(fd) = remote.ring_errors() {
+                add(Token::RingError(index), fd, PollFlags::IN);
             }
             if let Some(fd) = remote.requests() {
                 add(Token::Request(index), fd, PollFlags::IN);

@@ -17,6 +17,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use thiserror::Error;
+use vhost_user::event;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::register_signal_handler;
 
@@ -99,14 +100,14 @@ impl Event {
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Self)
     }
 
-    /// Signals it. That can only fail by overflow, and then it is signalled.
+    /// Signals it. A backend may have it, too: nobody waits here for room in it.
     pub fn signal(&self) {
-        let _ = self.0.write(1);
+        event::signal(self.as_fd());
     }
 
-    /// Silences it.
+    /// Silences it. A backend may have it, too: nobody waits here for something in it.
     pub fn take(&self) {
-        let _ = self.0.read();
+        let _is_one = event::take(self.as_fd());
     }
 }
 

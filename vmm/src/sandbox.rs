@@ -63,6 +63,7 @@ const REGISTERS: &[Rule] = &[
     kvm(&SET_GSI_ROUTING, "a device's interrupt gets another message"),
     kvm(&IOEVENTFD, "a device's notification addresses move"),
     kvm(&IRQ_LINE, "the power button's interrupt"),
+    allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "silencing the notifiers of a device that is reset"),
     allow(libc::SYS_clock_gettime, "the time of day, where the kernel offers no faster way"),
 ];
 
@@ -70,7 +71,6 @@ const REGISTERS: &[Rule] = &[
 const CPU: &[Rule] = &[
     allow(libc::SYS_futex, "the gate, and the locks of devices"),
     allow(libc::SYS_brk, "the allocator's heap"),
-    allow(libc::SYS_read, "silencing the notifiers of a device that is reset"),
     allow(libc::SYS_write, "waking the control thread; kicks at an address KVM does not know; log lines"),
     allow(libc::SYS_ppoll, "whether a masked interrupt is pending"),
     allow(libc::SYS_exit_group, "the end of the process"),

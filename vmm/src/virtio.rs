@@ -216,8 +216,14 @@ impl VirtioPci {
     }
 
     /// The backend could not do what the driver was promised: the driver has to reset the device.
+    ///
+    /// Of a device that does not run the driver need not be told: it is about to begin anyway.
     pub fn needs_reset(&self) {
-        self.inner().common.need_reset();
+        let mut inner = self.inner();
+        if !inner.live || !inner.common.need_reset() {
+            return;
+        }
+        drop(inner);
         self.signal_config();
     }
 

@@ -1,6 +1,6 @@
 //! What the process may do.
 
-use daemon::rules::{PROTOCOL, RUNTIME};
+use daemon::rules::{PROTOCOL, RINGS, RUNTIME};
 use sandbox::{Limits, Policy, Rule, When, allow, allow_if};
 
 /// The role of the thread that serves the port and both queues.
@@ -35,5 +35,5 @@ pub const POLICY: Policy = Policy {
     name: "outboard-console",
     limits: Limits { descriptors: DESCRIPTORS, threads: 4 },
     control: &[RUNTIME, PROTOCOL, RESTORE],
-    threads: &[(THREAD, &[RUNTIME, PORT])],
+    threads: &[(THREAD, &[RUNTIME, RINGS, PORT])],
 };

@@ -48,6 +48,10 @@ pub mod rules {
         allow(libc::SYS_exit_group, "the end of the process"),
     ];
 
+    /// What a thread that serves queues does besides.
+    pub const RINGS: &[Rule] =
+        &[allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "kicks, without waiting for one")];
+
     /// What the control thread of a device process does besides: the vhost-user protocol.
     pub const PROTOCOL: &[Rule] = &[
         allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "guest memory"),

@@ -100,6 +100,7 @@ fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startu
     }
     must_be_namespaced()?;
     die_of_panics();
+    sandbox::plain_faults();
     sandbox::one_heap();
     close_all_but(&inherited).context("Cannot close inherited descriptors")?;
     logging::start(args.base());

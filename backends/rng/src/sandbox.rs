@@ -1,6 +1,6 @@
 //! What the process may do.
 
-use daemon::rules::{PROTOCOL, RUNTIME};
+use daemon::rules::{PROTOCOL, RINGS, RUNTIME};
 use sandbox::{Limits, Policy, Rule, allow};
 
 /// The role of the thread that serves the queue.
@@ -17,5 +17,5 @@ pub const POLICY: Policy = Policy {
     name: "outboard-rng",
     limits: Limits { descriptors: DESCRIPTORS, threads: 4 },
     control: &[RUNTIME, PROTOCOL],
-    threads: &[(THREAD, &[RUNTIME, QUEUE])],
+    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE])],
 };

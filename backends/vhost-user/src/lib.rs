@@ -31,6 +31,8 @@ mod error;
 pub use backend::Backend;
 pub use error::Error;
 pub use frontend::Frontend;
+pub use virtio::event;
+
 pub use session::{BackendEvent, Deadlines, Notifiers, Region, Ring, Session, Setup};
 
 /// What every call of this crate returns.

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::message::BackendReq;
+use virtio::event;
 
 use crate::features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::frontend::{Frontend, Inflight, MAX_CONFIG, RegionEntry, RingAddresses};
@@ -355,13 +356,13 @@ impl Session {
         Ok(())
     }
 
-    /// Kicks and calls each ring once. An event descriptor whose counter is full is signalled already.
+    /// Kicks and calls each ring once.
     fn signal_rings(&self) {
         let rings = self.active.as_ref().map(|active| active.rings.as_slice()).unwrap_or_default();
         for ring in rings {
             if let Some(pair) = self.setup.notifiers.get(usize::from(ring.index)) {
-                let _already_signalled = rustix::io::write(&pair.kick, &1u64.to_ne_bytes());
-                let _already_signalled = rustix::io::write(&pair.call, &1u64.to_ne_bytes());
+                event::signal(pair.kick.as_fd());
+                event::signal(pair.call.as_fd());
             }
         }
     }

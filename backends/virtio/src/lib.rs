@@ -12,6 +12,7 @@
 //! | [`memory`] | guest memory: mapping, checking, copying, and I/O straight into it | the mapping is frozen while a ring runs |
 //! | [`chain`] | the single-fetch walk over descriptors, and views of what it found | the worker that popped it |
 //! | [`queue`] | a split ring: pop, complete, publish, re-arm | the one worker that was given the queue |
+//! | [`event`] | notifications, through descriptors that somebody else has, too | any thread |
 //! | [`inflight`] | the in-flight log of the vhost-user specification, and what a successor makes of it | the queue it belongs to |
 //! | [`worker`] | the loop of a thread that serves queues, and the hand-over of a queue to it and back | worker and control thread, by messages |
 //! | [`device`] | the contract between a device and whoever drives it | - |
@@ -27,6 +28,7 @@
 
 pub mod chain;
 pub mod device;
+pub mod event;
 pub mod inflight;
 pub mod memory;
 pub mod metrics;

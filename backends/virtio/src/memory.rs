@@ -14,7 +14,6 @@
 
 #![expect(unsafe_code, reason = "maps guest memory and hands its pieces to the kernel as I/O vectors")]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
@@ -25,7 +24,8 @@ use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
 };
 use rustix::io::Errno;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 /// Most regions one table may have. The protocol's own messages carry 8; memory slots go further.
 pub const MAX_REGIONS: usize = 509;
@@ -124,7 +124,7 @@ struct Mapped {
     size: u64,
     /// Bytes of the mapping before the region's first byte: a mapping begins at a page of its file, a region need not.
     lead: u64,
-    mapping: MmapRegion,
+    mapping: Pages,
 }
 
 /// A table of mapped regions, sorted by guest address.
@@ -257,7 +257,7 @@ impl Memory {
         if end > region.size {
             return None;
         }
-        region.mapping.get_slice(start, span.len as usize).ok()
+        region.mapping.0.get_slice(start, span.len as usize).ok()
     }
 
     /// Copies from the guest; the number of bytes copied is the shorter of both.
@@ -406,11 +406,34 @@ impl Mapped {
         let block = check_file(&fd, guest_addr, need, trust)?;
         let lead = offset % block;
         let length = usize::try_from(size.checked_add(lead).ok_or_else(range)?).map_err(|_| range())?;
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        let mapping = MmapRegion::build(Some(FileOffset::new(File::from(fd), offset - lead)), length, prot, flags)
-            .map_err(|error| Error::Map { guest_addr, source: io::Error::other(error) })?;
+        let mapping = Pages::map(fd.as_fd(), offset - lead, length);
+        let mapping = mapping.map_err(|source| Error::Map { guest_addr, source })?;
         Ok(Mapped { guest_addr, user_addr, size, lead, mapping })
+    }
+}
+
+/// A shared mapping of a file. It does not keep the file's descriptor: a table may have more regions than the process may have
+/// descriptors.
+#[derive(Debug)]
+struct Pages(MmapRegion);
+
+impl Pages {
+    fn map(fd: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<Pages> {
+        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: the kernel chooses the address, so no mapping that exists is replaced.
+        let addr = unsafe { mmap(ptr::null_mut(), length, prot, flags, fd, offset) }?;
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // SAFETY: `addr` is a mapping of `length` bytes, readable and writable, that nobody else knows and that is only removed
+        // when this value is dropped.
+        let region = unsafe { MmapRegion::build_raw(addr.cast(), length, prot, flags) };
+        region.map(Pages).map_err(io::Error::other)
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and every pointer into it is made of a borrow of this value.
+        let _cannot_fail = unsafe { munmap(self.0.as_ptr().cast(), self.0.size()) };
     }
 }
 

@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use crate::GUEST;
 use crate::chain::{self, Chain};
+use crate::event;
 use crate::inflight::{self, Log};
 use crate::memory::{self, Memory, Span};
 use crate::metrics::{BROKEN, CALLS, CHAINS, KICKS};
@@ -241,15 +242,14 @@ impl Queue {
         self.broken.as_ref()
     }
 
-    /// Takes the announcements off the kick descriptor. It is only ever read when something is there, and never blocks.
+    /// Takes the announcements off the kick descriptor, without ever waiting for one: who shares the descriptor can be faster, and
+    /// can have taken back that it does not block.
     pub fn acknowledge_kick(&mut self) {
         let Some(kick) = &self.kick else { return };
-        let mut count = [0; 8];
         KICKS.add(self.index.into(), 1);
-        match rustix::io::read(kick, &mut count) {
-            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
-            // The descriptor is not what it was when it was checked: better never again than for ever.
-            Err(_) => self.kick = None,
+        // The descriptor is not what it was when it was checked: better never again than for ever.
+        if event::take(kick.as_fd()).is_err() {
+            self.kick = None;
         }
     }
 
@@ -380,8 +380,7 @@ impl Queue {
     pub fn signal(&self) {
         if let Some(call) = &self.call {
             CALLS.add(self.index.into(), 1);
-            // A full counter means that the guest has not looked since the last one.
-            let _already_signalled = rustix::io::write(call, &1u64.to_ne_bytes());
+            event::signal(call.as_fd());
         }
     }
 
@@ -416,7 +415,7 @@ impl Queue {
         let cause = Source::source(&error).map(ToString::to_string).unwrap_or_default();
         tracing::warn!(target: GUEST, queue = self.index, "The driver broke its ring: {error}. {cause}");
         if let Some(fd) = &self.error {
-            let _already_signalled = rustix::io::write(fd, &1u64.to_ne_bytes());
+            event::signal(fd.as_fd());
         }
         self.broken = Some(error);
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::attack::Kind;
 use crate::blk::bench::Load;
 use crate::device::Shape;
 
@@ -50,6 +51,34 @@ pub enum Verb {
         #[command(subcommand)]
         what: StormOf,
     },
+    /// Break every rule a frontend and a guest have, one after the other, and report how the backend took it
+    Attack(Attack),
+}
+
+/// Whom to attack, and how.
+#[derive(Args, Debug)]
+pub struct Attack {
+    /// The backend's socket; without it, the command after `--` starts the backend anew for each case
+    #[arg(required_unless_present_any = ["command", "list"], conflicts_with = "command")]
+    pub socket: Option<PathBuf>,
+    /// What the backend is
+    #[arg(long, value_enum, default_value = "any")]
+    pub device: Kind,
+    /// The backend's process, if it is not the one that listens on the socket
+    #[arg(long, requires = "socket")]
+    pub pid: Option<u32>,
+    /// Only cases whose THEME/NAME contains this; may be given more than once
+    #[arg(long)]
+    pub case: Vec<String>,
+    /// Say which cases there are
+    #[arg(long)]
+    pub list: bool,
+    /// For machines
+    #[arg(long)]
+    pub json: bool,
+    /// The command that starts the backend; `{socket}` in it becomes the path it is to listen on
+    #[arg(last = true)]
+    pub command: Vec<String>,
 }
 
 /// What to do with a disk.

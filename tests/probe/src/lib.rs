@@ -14,6 +14,7 @@
 //! | [`device`] | a session and its rings, negotiated and running |
 //! | [`blk`], [`rng`] | drivers of the two devices |
 //! | [`storm`] | kills under verified load |
+//! | [`attack`] | frontends and guests that break the rules on purpose |
 //!
 //! The memory is the first trap: a backend that confuses guest physical addresses, the frontend's addresses and its own, or
 //! that takes memory for one flat range, fails at once and not in production.
@@ -21,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod attack;
 pub mod blk;
 pub mod device;
 pub mod link;

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -31,6 +31,7 @@ pub struct Backend {
     command: Vec<String>,
     socket: Option<PathBuf>,
     child: Option<Child>,
+    quiet: bool,
 }
 
 impl Backend {
@@ -38,7 +39,27 @@ impl Backend {
     pub fn new(command: Vec<String>) -> Backend {
         let listens = command.iter().any(|word| word.contains("{socket}"));
         let socket = listens.then(|| std::env::temp_dir().join(format!("outboard-probe-{}.sock", std::process::id())));
-        Backend { command, socket, child: None }
+        Backend { command, socket, child: None, quiet: false }
+    }
+
+    /// What it says is not shown.
+    #[must_use]
+    pub fn quiet(mut self) -> Backend {
+        self.quiet = true;
+        self
+    }
+
+    /// Connects once more to the one that listens.
+    ///
+    /// # Errors
+    /// With the path; when it has none.
+    pub fn connect(&self) -> Result<UnixStream> {
+        connect(self.socket.as_deref().context("The command has no {socket} to connect to")?)
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.as_mut().and_then(|child| child.try_wait().ok().flatten())
     }
 
     /// Starts it and connects.
@@ -62,7 +83,7 @@ impl Backend {
         if !self.command.iter().any(|word| word.contains("{fd}")) {
             words.extend(["--fd".to_owned(), number]);
         }
-        self.child = Some(run(&words)?);
+        self.child = Some(run(&words, self.quiet)?);
         drop(passed);
         Ok(ours)
     }
@@ -70,7 +91,7 @@ impl Backend {
     fn start_listening(&mut self, path: &Path) -> Result<UnixStream> {
         let _nothing_left_behind = std::fs::remove_file(path);
         let words: Vec<String> = self.command.iter().map(|word| word.replace("{socket}", &path.to_string_lossy())).collect();
-        self.child = Some(run(&words)?);
+        self.child = Some(run(&words, self.quiet)?);
         let start = Instant::now();
         loop {
             match UnixStream::connect(path) {
@@ -124,10 +145,13 @@ impl Drop for Backend {
     }
 }
 
-fn run(words: &[String]) -> Result<Child> {
+fn run(words: &[String], quiet: bool) -> Result<Child> {
     let Some((program, args)) = words.split_first() else { bail!("No command to start a backend with is given") };
     // A group of its own: what a terminal sends to the probe is not for it.
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::null()).process_group(0);
+    if quiet {
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+    }
     command.spawn().with_context(|| format!("Cannot start {program}"))
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use probe::args::{Blk, Command, Rings, Storm, StormOf, Verb};
+use probe::args::{Attack, Blk, Command, Rings, Storm, StormOf, Verb};
+use probe::attack::{self, Case, THEMES, Verdict, Victim};
 use probe::blk::bench::{self, Load};
 use probe::blk::{Disk, FEATURES, verify};
 use probe::device::{Device, Shape};
@@ -53,6 +54,7 @@ fn run(verb: Verb) -> Result<bool> {
         Verb::Storm { what: StormOf::Console { file, plan } } => {
             kill(&plan, |backend, how, progress| storm::console(backend, &file, how, progress))
         }
+        Verb::Attack(plan) => assault(&plan),
         Verb::Storm { what: StormOf::Rng(plan) } => kill(&plan, |backend, how, progress| storm::rng(backend, how, progress)),
     }
 }
@@ -223,4 +225,62 @@ fn tell(report: &storm::Report, plan: &Storm) {
     if !report.is_clean() {
         println!("seed {}", plan.rings.seed);
     }
+}
+
+/// The cases that are asked for, each with its theme.
+fn chosen(plan: &Attack) -> Result<Vec<(&'static str, &'static Case)>> {
+    let all = THEMES.into_iter().flat_map(|(theme, cases)| cases.iter().map(move |case| (theme, case)));
+    let wanted = |theme: &str, case: &Case| {
+        let name = format!("{theme}/{}", case.name);
+        plan.case.is_empty() || plan.case.iter().any(|part| name.contains(part.as_str()))
+    };
+    let cases: Vec<_> = all.filter(|(theme, case)| wanted(theme, case)).collect();
+    if cases.is_empty() {
+        bail!("There is no case {}; see --list", plan.case.join(", "));
+    }
+    Ok(cases)
+}
+
+fn assault(plan: &Attack) -> Result<bool> {
+    let cases = chosen(plan)?;
+    if plan.list {
+        let rows = cases.iter().map(|(theme, case)| json!({"theme": theme, "case": case.name, "about": case.about}));
+        if plan.json {
+            println!("{}", json!(rows.collect::<Vec<_>>()));
+        } else {
+            cases.iter().for_each(|(theme, case)| println!("{:<28}{}", format!("{theme}/{}", case.name), case.about));
+        }
+        return Ok(true);
+    }
+    let mut victim = match &plan.socket {
+        Some(socket) => Victim::listening(socket.clone(), plan.device, plan.pid),
+        None => Victim::started(plan.command.clone(), plan.device),
+    };
+    victim.greet()?;
+    let mut all = Vec::new();
+    for (theme, case) in cases {
+        let name = format!("{theme}/{}", case.name);
+        let verdict = victim.suffer(case).with_context(|| format!("at {name}"))?;
+        if !plan.json {
+            println!("{:<28}{:<16}{}", name, verdict.outcome.name(), verdict.detail);
+        }
+        all.push((theme, case, verdict));
+    }
+    Ok(report(&all, plan.json))
+}
+
+fn report(all: &[(&str, &Case, Verdict)], json: bool) -> bool {
+    let survived = all.iter().filter(|(_, _, verdict)| verdict.outcome.survived()).count();
+    if json {
+        let row = |(theme, case, verdict): &(&str, &Case, Verdict)| {
+            json!({"theme": theme, "case": case.name, "about": case.about, "outcome": verdict.outcome.name(),
+                "survived": verdict.outcome.survived(), "detail": verdict.detail})
+        };
+        println!("{}", json!({"attacks": all.len(), "survived": survived, "cases": all.iter().map(row).collect::<Vec<_>>()}));
+    } else {
+        let counts = attack::OUTCOMES.iter().map(|one| (one.name(), all.iter().filter(|(_, _, v)| v.outcome == *one).count()));
+        let counts: Vec<String> = counts.filter(|(_, n)| *n > 0).map(|(name, count)| format!("{count} {name}")).collect();
+        println!("{} attacks, {survived} survived: {}", all.len(), counts.join(", "));
+    }
+    survived == all.len()
 }

@@ -78,8 +78,16 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a program with `--socket-path` and waits until it is ready to serve.
+    /// Starts a program of ours with `--socket-path` and waits until it is ready to serve.
     pub fn start(name: &str, scratch: &Scratch, args: &[&str]) -> Server {
+        let server = Server::listening(name, scratch, args);
+        // The path is there before the process is confined: what a test looks at from outside is not settled until then.
+        wait_for("its confinement", || (status(server.worker(), "Seccomp") == "2").then_some(()));
+        server
+    }
+
+    /// Starts a program with `--socket-path` and waits until it listens there.
+    pub fn listening(name: &str, scratch: &Scratch, args: &[&str]) -> Server {
         let socket = scratch.path(&format!("{name}.sock"));
         let mut command = Command::new(program(name));
         command.arg("--socket-path").arg(&socket).args(args).stdin(Stdio::null());
@@ -91,8 +99,6 @@ impl Server {
             assert!(ended.is_none() && start.elapsed() < Duration::from_secs(20), "{name} does not listen: {ended:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
-        // The path is there before the process is confined: what a test looks at from outside is not settled until then.
-        wait_for("its confinement", || (status(server.worker(), "Seccomp") == "2").then_some(()));
         server
     }
 

@@ -86,9 +86,11 @@ impl Common {
         self.resetting
     }
 
-    /// Tells the driver that the device has failed it.
-    pub fn need_reset(&mut self) {
+    /// Tells the driver that the device has failed it. `false`: it was told before.
+    pub fn need_reset(&mut self) -> bool {
+        let news = self.status & NEEDS_RESET == 0;
         self.status |= NEEDS_RESET;
+        news
     }
 
     /// The configuration space is another one.

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vhost_user::{BackendEvent, Deadlines, Error as Refusal, Session, Setup};
@@ -33,6 +34,10 @@ const TRANSPORT: u64 = 1 << 28 // INDIRECT_DESC
     | 1 << 35; // IN_ORDER
 /// Bits 24 to 49 belong to the transport or are reserved for it; all others to the class, so the backend answers for them.
 const CLASS: u64 = !(0x3ff_ffff << 24);
+
+/// How long a backend that has spoken is not listened to. One that never stops, with changes of its configuration or errors of
+/// its rings, would otherwise have all of the control thread, and its driver an interrupt for each.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a device could not be connected.
 #[derive(Debug, Error)]
@@ -84,6 +89,7 @@ pub struct Remote {
     queues: u16,
     memory: &'static Memory,
     state: Change,
+    deaf_until: Option<Instant>,
 }
 
 /// What all devices of a machine share while it is put together.
@@ -141,7 +147,7 @@ impl Remote {
         let (hypervisor, doorbell) = (Arc::clone(&site.hypervisor), Arc::clone(&site.doorbell));
         let function = VirtioPci::new(identity, lines, shadow, address, hypervisor, doorbell).map_err(resources)?;
         let (class, memory) = (spec.class, site.memory);
-        Ok(Self { function: Arc::new(function), session, class, queues, memory, state: Change::Connected })
+        Ok(Self { function: Arc::new(function), session, class, queues, memory, state: Change::Connected, deaf_until: None })
     }
 
     /// A backend that does not negotiate multiple queues has as many as its class says; one that does has as many as it
@@ -176,7 +182,7 @@ impl Remote {
 
     /// The socket on which the backend speaks first.
     pub fn requests(&self) -> Option<BorrowedFd<'_>> {
-        self.session.backend_requests()
+        self.session.backend_requests().filter(|_| self.deaf_for().is_none())
     }
 
     /// How many rings run.
@@ -245,6 +251,8 @@ impl Remote {
             Ok(()) => Change::Connected,
             Err(e) => {
                 self.session.disconnect();
+                // What the old one has left is nothing to go on from. A driver that begins again leaves it behind.
+                self.function.needs_reset();
                 Change::Degraded(sentence(&e))
             }
         };
@@ -253,6 +261,7 @@ impl Remote {
 
     /// The backend speaks.
     pub fn listen(&mut self) -> Option<Change> {
+        self.deaf_until = Instant::now().checked_add(PAUSE);
         let outcome = match self.session.handle_backend_request() {
             Ok(BackendEvent::ConfigChanged) => self.refresh(),
             Ok(BackendEvent::Refused(what)) => {
@@ -265,13 +274,19 @@ impl Remote {
     }
 
     /// Where the backend says that a ring makes no sense.
-    pub fn ring_errors(&self) -> BorrowedFd<'_> {
-        self.session.ring_errors()
+    pub fn ring_errors(&self) -> Option<BorrowedFd<'_>> {
+        self.connection().filter(|_| self.deaf_for().is_none()).map(|_| self.session.ring_errors())
+    }
+
+    /// How long the backend is not listened to, if it has just spoken. The connection's end is noticed all the same.
+    pub fn deaf_for(&self) -> Option<Duration> {
+        self.deaf_until?.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
     /// It has said so: the driver, which wrote that ring, has to begin again.
     pub fn ring_error(&mut self) -> Option<Change> {
-        let _ = rustix::io::read(self.session.ring_errors(), &mut [0u8; 8]);
+        self.deaf_until = Instant::now().checked_add(PAUSE);
+        let _is_one = vhost_user::event::take(self.session.ring_errors());
         tracing::debug!(device = self.name(), "the backend has declared a ring broken");
         self.function.needs_reset();
         None

@@ -287,3 +287,34 @@ fn a_request_that_ends_every_server_is_condemned_and_the_others_are_not() {
     assert!(!token.is_replayed(), "a new request with the same head is a new one");
     queue.complete(token, 0);
 }
+
+/// Runs what could wait for ever, in a thread of its own.
+fn in_time(work: impl FnOnce() + Send + 'static) -> bool {
+    let thread = std::thread::spawn(work);
+    let start = std::time::Instant::now();
+    while !thread.is_finished() && start.elapsed() < std::time::Duration::from_secs(5) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    thread.is_finished()
+}
+
+/// Whoever sent a descriptor shares its flags: it can block again after it was looked at.
+#[test]
+fn descriptors_that_were_made_to_block_again_block_nobody() {
+    let mut driver = Driver::new();
+    let mut config = driver.config(true, None);
+    let (kick, call) = (eventfd(0, EventfdFlags::empty()).unwrap(), eventfd(0, EventfdFlags::empty()).unwrap());
+    rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    (config.kick, config.call) = (Some(kick), Some(call.try_clone().unwrap()));
+    let mut queue = Queue::new(Arc::clone(&driver.memory), config).unwrap();
+    driver.offer(0);
+    let served = in_time(move || {
+        let mut chain = queue.chain();
+        queue.acknowledge_kick();
+        let token = queue.pop(&mut chain).unwrap();
+        queue.complete(token, 0);
+        queue.publish();
+    });
+    assert!(served, "an empty kick and a full call are passed over");
+    assert_eq!(driver.get(USED + 2), 1);
+}

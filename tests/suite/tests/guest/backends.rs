@@ -42,6 +42,19 @@ fn qemu_storage_daemon_serves_a_disk() {
     assert!(written.iter().take(8 << 20).any(|byte| *byte != 0), "{}", ended.console);
 }
 
+/// A source that shares no line with ours: made of the crates `vhost-user-backend` and `virtio-queue`.
+#[test]
+fn a_backend_of_another_make_gives_randomness() {
+    let scratch = Scratch::new();
+    let server = Server::listening("outboard-peer-rng", &scratch, &[]);
+    let section = format!("[device.peer]\nclass = \"rng\"\nsocket = \"{}\"\n", server.socket.display());
+    let command = "set -e; test $(cat /sys/bus/virtio/devices/*/device | grep -c 0x0004) = 2\n\
+                   for r in virtio_rng.0 virtio_rng.1; do echo $r >/sys/class/misc/hw_random/rng_current; \
+                   dd if=/dev/hwrng bs=256 count=16 iflag=fullblock status=none >/tmp/$r; test $(wc -c </tmp/$r) = 4096; done\n\
+                   if cmp -s /tmp/virtio_rng.0 /tmp/virtio_rng.1; then exit 7; fi; od -An -tx1 -N16 /tmp/virtio_rng.0; od -An -tx1 -N16 /tmp/virtio_rng.1";
+    Plan::run(&format!("{command}\n{NO_TROUBLE}")).section(&section).finish().passed();
+}
+
 #[test]
 fn a_backend_that_is_silent_is_named() {
     let scratch = Scratch::new();

@@ -212,3 +212,45 @@ fn an_old_frontend_without_protocol_features_is_served() {
     });
     wait_for("the interrupt", || rustix::io::read(call.as_ref(), &mut [0; 8]).ok());
 }
+
+#[test]
+fn a_table_may_have_as_many_regions_as_it_says() {
+    let scratch = Scratch::new();
+    let server = Server::start("outboard-rng", &scratch, &["--log-level", "error"]);
+    let (frontend, guest) = (greet(&server), Guest::new());
+    let slots = frontend.max_memory_slots().unwrap();
+    for slot in 1..slots {
+        let at = slot << 32;
+        let entry = RegionEntry { guest_addr: at, size: 4096, user_addr: (1 << 45) + at, offset: 0 };
+        frontend.add_memory_region(&entry, guest.fd.as_fd()).unwrap_or_else(|error| panic!("region {slot} of {slots}: {error}"));
+    }
+    let _kick = start(&frontend, &guest);
+    assert_eq!(frontend.ring_base(0, Duration::from_secs(5)).unwrap(), 0, "and rings run in it");
+}
+
+/// Our frontend against a backend that shares no line with ours: all rings it can make, one frontend after the other.
+#[test]
+fn other_people_s_backend_is_driven() {
+    let scratch = Scratch::new();
+    let server = Server::listening("outboard-peer-rng", &scratch, &[]);
+    for shape in super::device::shapes(1) {
+        // It makes its socket anew for each frontend; who connects to the old one in between is hung up on.
+        let connect = || Device::connect(UnixStream::connect(&server.socket).ok()?, shape, 0).ok();
+        let mut device = wait_for("it to listen again", connect);
+        let (event_idx, indirect) = (1 << 29, 1 << 28);
+        assert_eq!(
+            device.features() & (event_idx | indirect),
+            if shape.event_idx { event_idx } else { 0 } | if shape.indirect { indirect } else { 0 }
+        );
+        let at = device.memory_mut().take(64, 1, 0).unwrap();
+        device.start().unwrap();
+        for _ in 0..200 {
+            let used = device.exchange(0, &[Buffer { addr: at, len: 64, write: true }], Duration::from_secs(10)).unwrap();
+            assert_eq!(used.len, 64);
+        }
+        let mut bytes = [0; 64];
+        device.memory().read(at, &mut bytes);
+        assert!(bytes.iter().filter(|byte| **byte == 0).count() < 48, "random, not zeroes");
+        device.session().stop().unwrap();
+    }
+}
