@@ -17,13 +17,11 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::notices;
 
-/// "The guest is about to run."
-const RUNNING: &[u8] = b"r";
 const DETACH: &str = "--detach";
 const BACKGROUND: &str = "--background";
 
 /// The caller's side: starts the other one and waits until its machine runs.
-pub fn start(name: &str) -> Result<u8> {
+pub fn start() -> Result<u8> {
     let (mut ours, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
     let program = env::current_exe().context("Cannot find out where outboard itself is")?;
     let args = env::args_os().skip(1).map(|arg| if arg == DETACH { BACKGROUND.into() } else { arg });
@@ -32,7 +30,9 @@ pub fn start(name: &str) -> Result<u8> {
     let mut child = command.spawn().context("Cannot start outboard again")?;
     // It has the other end; a copy here would hide its end from us.
     drop(command);
-    if ours.read_exact(&mut [0]).is_ok() {
+    let mut name = String::new();
+    let told = ours.read_to_string(&mut name);
+    if told.is_ok() && !name.is_empty() {
         notices::answer(&format!("{name}: running in the background; see `outboard ps`, `outboard console {name}`\n"))?;
         return Ok(0);
     }
@@ -48,11 +48,11 @@ pub fn enter() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL)).context("Cannot tie the machine to who waits for it")
 }
 
-/// The machine runs: tells the caller and lets go of its terminal.
-pub fn running() -> Result<()> {
+/// The machine runs: tells the caller its name, and lets go of the terminal.
+pub fn running(name: &str) -> Result<()> {
     let what = "Cannot let go of the terminal";
     set_parent_process_death_signal(None).context(what)?;
-    let told = rustix::io::write(stdin(), RUNNING);
+    let told = rustix::io::write(stdin(), name.as_bytes());
     let null = File::options().read(true).write(true).open("/dev/null").context(what)?;
     dup2_stdin(&null).context(what)?;
     dup2_stdout(&null).context(what)?;

@@ -430,7 +430,7 @@ impl Supervisor<'_> {
         }
         if self.background && connected && self.stage != Stage::Starting {
             self.background = false;
-            if let Err(error) = background::running() {
+            if let Err(error) = background::running(&self.machine.name) {
                 notices::line(&format!("outboard: {error:#}"));
             }
         }

@@ -83,7 +83,7 @@ pub fn run(args: &Run) -> Result<u8> {
     check::machine(&machine)?;
     let programs = Programs::find(&machine)?;
     if args.detach {
-        return background::start(&machine.name);
+        return background::start();
     }
     if args.background {
         background::enter()?;

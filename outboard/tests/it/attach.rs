@@ -133,6 +133,16 @@ fn what_goes_wrong_before_the_machine_runs_is_told_to_the_caller() {
 }
 
 #[test]
+fn a_machine_without_a_name_is_told_the_one_it_got() {
+    let machine = Machine::new();
+    let outcome = machine.run(&["run", "--detach", "--kernel", "kernel", "--memory", "64M", "--rng"]);
+    let name = outcome.stdout.split(':').next().unwrap();
+    let listed = machine.run(&["ps", name]);
+    let stopped = machine.run(&["stop", name]);
+    assert_eq!((outcome.status, listed.status, stopped.status), (Some(0), Some(0), Some(0)), "{outcome:?} {listed:?}");
+}
+
+#[test]
 fn who_stops_waiting_for_a_machine_has_stopped_it() {
     let machine = Machine::new().file("[disk.root]\npath = \"disk.img\"\n").pretend("blk:mute");
     let mut waiting = machine.command(&["run", "--detach", "web.toml"]).spawn().unwrap();
