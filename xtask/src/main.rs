@@ -7,6 +7,7 @@
 //! while they work, and reuse what is there: each product carries the [`cache::key`] of what it was made from.
 #![forbid(unsafe_code)]
 
+mod attack;
 mod bench;
 mod build;
 mod cache;
@@ -43,6 +44,8 @@ enum Task {
     Ci,
     /// Compare our disk server with QEMU's, in one run
     Bench(bench::Args),
+    /// Attack our device processes and other people's, and print the page that says how they took it
+    Attack(attack::Args),
     /// Make the guest images (kernel, initrd, root disk) and print where they are
     Guest,
     /// Run a command in an emulated machine that has a working KVM
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Ci => ci::run(),
         Task::Bench(args) => bench::run(&args),
+        Task::Attack(args) => attack::run(&args),
         Task::Guest => guest_task(),
         Task::Nested(args) => return nested::run(&args),
     };
