@@ -232,11 +232,12 @@ impl Supervisor<'_> {
             (DeviceState::Degraded, _) => notices::line(&format!("{device}: degraded{reason}")),
             (DeviceState::Lost, Backend::Process(_)) => {} // told when the process ends
             (DeviceState::Lost, Backend::Socket(path)) => {
-                if !never {
-                    slot.schedule();
-                }
                 notices::line(&format!("{device}: the connection to {} is lost{reason}", path.display()));
             }
+        }
+        // A process is started again when it ends; of somebody else's backend that is all one hears.
+        if state != DeviceState::Connected && matches!(slot.device.backend, Backend::Socket(_)) && !never {
+            slot.schedule();
         }
         self.happened(&event);
         self.announce_once();

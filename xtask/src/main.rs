@@ -7,6 +7,7 @@
 //! while they work, and reuse what is there: each product carries the [`cache::key`] of what it was made from.
 #![forbid(unsafe_code)]
 
+mod attack;
 mod bench;
 mod build;
 mod cache;
@@ -46,6 +47,8 @@ enum Task {
     Bench(bench::Args),
     /// Fuzz everything that reads an attacker's bytes, and keep what was found
     Fuzz(fuzz::Args),
+    /// Attack our device processes and other people's, and print the page that says how they took it
+    Attack(attack::Args),
     /// Make the guest images (kernel, initrd, root disk) and print where they are
     Guest,
     /// Run a command in an emulated machine that has a working KVM
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(),
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Attack(args) => attack::run(&args),
         Task::Guest => guest_task(),
         Task::Nested(args) => return nested::run(&args),
     };

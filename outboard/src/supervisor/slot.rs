@@ -111,7 +111,7 @@ impl<'a> Slot<'a> {
                     process.log.release();
                 }
             }
-            (DeviceState::Lost, Some(_)) => self.kill_at = Instant::now().checked_add(GRACE),
+            (DeviceState::Lost | DeviceState::Degraded, Some(_)) => self.kill_at = Instant::now().checked_add(GRACE),
             _ => {}
         }
     }

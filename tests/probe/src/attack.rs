@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::link::{Backend, connect};
+use crate::link::{Backend, connect_within};
 
 mod chains;
 mod device;
@@ -208,7 +208,7 @@ impl Victim {
 
     fn connect(&mut self) -> Result<UnixStream> {
         match &mut self.place {
-            Place::Listening(path) => connect(path),
+            Place::Listening(path) => connect_within(path, PATIENCE),
             Place::Started(backend) => {
                 backend.kill(None::<UnixStream>)?;
                 backend.start()
@@ -218,8 +218,8 @@ impl Victim {
 
     fn connect_again(&self) -> Result<UnixStream> {
         match &self.place {
-            Place::Listening(path) => connect(path),
-            Place::Started(backend) => backend.connect(),
+            Place::Listening(path) => connect_within(path, PATIENCE),
+            Place::Started(backend) => backend.connect_within(PATIENCE),
         }
     }
 

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 /// How long a started backend may take to open its socket.
 const START: Duration = Duration::from_secs(10);
@@ -22,6 +24,27 @@ const GONE: Duration = Duration::from_secs(10);
 /// With the path.
 pub fn connect(path: &Path) -> Result<UnixStream> {
     UnixStream::connect(path).with_context(|| format!("Cannot connect to {}", path.display()))
+}
+
+/// Connects to a backend that perhaps takes nobody: a full queue of connections is waited for until `limit`, not for ever.
+///
+/// # Errors
+/// With the path.
+pub fn connect_within(path: &Path, limit: Duration) -> Result<UnixStream> {
+    let what = || format!("Cannot connect to {}", path.display());
+    let address = SocketAddrUnix::new(path).with_context(what)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).with_context(what)?;
+    let start = Instant::now();
+    while let Err(errno) = rustix::net::connect(&socket, &address) {
+        if errno != Errno::AGAIN || start.elapsed() >= limit {
+            return Err(errno).with_context(what);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).with_context(what)?;
+    Ok(stream)
 }
 
 /// A backend that is started with a command. `{fd}` in it is the number of a connected socket; `{socket}` the path of one it is
@@ -53,8 +76,8 @@ impl Backend {
     ///
     /// # Errors
     /// With the path; when it has none.
-    pub fn connect(&self) -> Result<UnixStream> {
-        connect(self.socket.as_deref().context("The command has no {socket} to connect to")?)
+    pub fn connect_within(&self, limit: Duration) -> Result<UnixStream> {
+        connect_within(self.socket.as_deref().context("The command has no {socket} to connect to")?, limit)
     }
 
     /// How it ended, if it has.

@@ -66,10 +66,10 @@ pub(super) fn lives(pid: u32) -> bool {
 pub(super) fn spins(pid: u32) -> bool {
     let start = Instant::now();
     loop {
-        let (from, before) = (Instant::now(), processor_time(pid));
+        let (from, before) = (Instant::now(), runnable_time(pid));
         std::thread::sleep(WINDOW);
-        let used = processor_time(pid).saturating_sub(before);
-        if used < from.elapsed() / 4 {
+        let used = runnable_time(pid).saturating_sub(before);
+        if used < from.elapsed() / 4 && !is_runnable(pid) {
             return false;
         }
         if start.elapsed() > BUSY {
@@ -78,12 +78,19 @@ pub(super) fn spins(pid: u32) -> bool {
     }
 }
 
-/// The processor time of all threads of a process.
-fn processor_time(pid: u32) -> Duration {
+/// Whether a thread of a process runs or waits for a processor: on a busy host one that spins can do so for longer than it is watched.
+fn is_runnable(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stats = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    stats.into_iter().any(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('R')))
+}
+
+/// How long all threads of a process ran, or would have if a busy host had let them.
+fn runnable_time(pid: u32) -> Duration {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let times = threads.filter_map(|thread| {
         let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
-        text.split_whitespace().next()?.parse::<u64>().ok()
+        Some(text.split_whitespace().take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>())
     });
     Duration::from_nanos(times.sum())
 }

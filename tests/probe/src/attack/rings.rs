@@ -246,7 +246,8 @@ fn kicked_by(foe: &mut Foe, fd: BorrowedFd<'_>) -> Result<Seen> {
     if seen != Seen::Taken {
         return Ok(seen);
     }
-    worst([foe.tell(SET_VRING_ENABLE, &pair(ring, 1), &[]), Ok(foe.still_answers()), Ok(foe.stop())])
+    // The ring is left running: whoever spins does so while it runs.
+    worst([foe.tell(SET_VRING_ENABLE, &pair(ring, 1), &[]), Ok(foe.still_answers())])
 }
 
 /// A ring that signals by this, with a request to signal about.
