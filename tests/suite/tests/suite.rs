@@ -16,4 +16,5 @@ mod suite {
     mod outside;
     mod protocol;
     mod qemu;
+    mod stepped;
 }
