@@ -98,8 +98,11 @@ const TOURS: [&[&str]; 2] = [
     &["half", "unasked", "refuses", "requests", "inflight-pipe", "huge", "used", "silent-set-vring-addr", "features"],
 ];
 
-/// What the guest's clock may jump by beyond what it jumps by without any evil, in hundredths of a second.
-const STALL: u32 = 10;
+/// What the guest's clock may jump by beyond what it jumps by without any evil, in hundredths of a second. Where one emulated
+/// processor runs the machine, its VMM and two processes that spin, jumps of a third of a second are their share of it; a processor
+/// that waited for a backend would wait for one of the VMM's limits, of which the shortest is 2 s. The limit of 100 ms for any access to
+/// a register is tested where time means something: `vmm/tests/evil.rs`.
+const STALL: u32 = 100;
 
 fn evil(socket: &Path, out: &Path, words: &[String]) -> Process {
     let mut command = Command::new(program("outboard-evil-backend"));
@@ -153,15 +156,10 @@ fn evil_backends_do_not_stop_the_guest_and_good_ones_come_after_them() {
     machine.stop_loop();
     let ended = machine.finish().passed();
     drop(tours);
-    // One hiccup of the emulated machine itself is forgiven: a stall of the VMM's would come at every meeting.
-    let longest = |beats: &[u32], which: usize| {
-        let mut sorted = beats.to_vec();
-        sorted.sort_unstable_by(|a, b| b.cmp(a));
-        sorted.get(which).copied().unwrap_or_default()
-    };
+    let longest = |beats: &[u32]| beats.iter().copied().max().unwrap_or_default();
     println!("beats without evil {control:?}, with it {under_evil:?} (hundredths of a second)");
     assert!(under_evil.len() > 20, "the guest went on: {under_evil:?}");
-    assert!(longest(&under_evil, 1) <= longest(&control, 0) + STALL, "{control:?}\n{under_evil:?}\n{}", ended.err);
+    assert!(longest(&under_evil) <= longest(&control) + STALL, "{control:?}\n{under_evil:?}\n{}", ended.err);
     for name in names {
         assert!(ended.err.contains(&format!("{name}: the connection")), "it is reported: {}", ended.err);
         assert!(ended.err.contains(&format!("{name}: degraded")), "it is reported: {}", ended.err);
