@@ -251,8 +251,11 @@ impl Remote {
             Ok(()) => Change::Connected,
             Err(e) => {
                 self.session.disconnect();
-                // What the old one has left is nothing to go on from. A driver that begins again leaves it behind.
-                self.function.needs_reset();
+                // What the old one has left is nothing to go on from. A driver that begins again leaves it behind. A newcomer that
+                // dies in the middle says nothing of that: the next one may go on.
+                if matches!(e, Refusal::Failed(_)) {
+                    self.function.needs_reset();
+                }
                 Change::Degraded(sentence(&e))
             }
         };
