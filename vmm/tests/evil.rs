@@ -276,6 +276,18 @@ fn a_machine_with_an_evil_backend_starts_or_says_why_not() {
     assert!(threads.into_iter().map(thread::JoinHandle::join).all(|ended| ended.is_ok()));
 }
 
+/// A backend that uses up each of its limits takes the control thread from everybody else, but not for longer than this.
+#[test]
+fn a_slow_backend_is_given_up_as_a_whole() {
+    let mut machine = machine("rng", backend(Act::Good, 0)).unwrap();
+    machine.bring_up();
+    machine.run(Duration::from_millis(50));
+    let start = Instant::now();
+    let came_out = machine.remote.replug(backend(Act::Slow, 1));
+    assert!(matches!(came_out, Change::Degraded(_)), "{came_out:?}");
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+}
+
 #[test]
 fn nothing_is_kept_of_connections_that_are_gone() {
     let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();

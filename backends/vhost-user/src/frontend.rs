@@ -84,6 +84,7 @@ pub struct Inflight {
 pub struct Frontend {
     channel: Channel,
     limit: Duration,
+    by: Option<Deadline>,
     acks: bool,
 }
 
@@ -96,7 +97,17 @@ impl AsFd for Frontend {
 impl Frontend {
     /// Speaks on `stream`; each exchange may take `limit`.
     pub fn new(stream: UnixStream, limit: Duration) -> Frontend {
-        Frontend { channel: Channel::from(stream), limit, acks: false }
+        Frontend { channel: Channel::from(stream), limit, by: None, acks: false }
+    }
+
+    /// However long each of them may take, all exchanges from here on have to be done by then. `None` lifts that.
+    pub fn finish_by(&mut self, by: Option<Deadline>) {
+        self.by = by;
+    }
+
+    fn deadline(&self) -> Deadline {
+        let this = Deadline::after(self.limit);
+        self.by.map_or(this, |by| by.or_sooner(this))
     }
 
     /// The virtio features the backend offers, bit 30 included.
@@ -264,7 +275,7 @@ impl Frontend {
 
     /// Sends a request that has no answer of its own, and waits for the acknowledgement if there is one to be had.
     fn tell(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let deadline = Deadline::after(self.limit);
+        let deadline = self.deadline();
         self.channel.request(request.into(), self.acks, body, fds, deadline)?;
         if !self.acks {
             return Ok(());
@@ -276,7 +287,7 @@ impl Frontend {
     }
 
     fn ask(&self, request: FrontendReq, body: &[u8]) -> Result<Message> {
-        let deadline = Deadline::after(self.limit);
+        let deadline = self.deadline();
         self.channel.request(request.into(), false, body, &[], deadline)?;
         self.answer(request, deadline)
     }

@@ -37,13 +37,15 @@ pub const USER_ADDRESS_BASE: u64 = 1 << 52;
 pub struct Deadlines {
     /// For one exchange of messages.
     pub exchange: Duration,
+    /// For all that a greeting, or a start of the rings, consists of.
+    pub whole: Duration,
     /// For a ring to stop, which waits for what is in flight.
     pub stop: Duration,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Deadlines { exchange: Duration::from_secs(2), stop: Duration::from_secs(10) }
+        Deadlines { exchange: Duration::from_secs(2), whole: Duration::from_secs(4), stop: Duration::from_secs(10) }
     }
 }
 
@@ -296,6 +298,7 @@ impl Session {
 
     fn greet(&self, stream: UnixStream) -> Result<Greeting> {
         let mut frontend = Frontend::new(stream, self.setup.deadlines.exchange);
+        frontend.finish_by(Some(Deadline::after(self.setup.deadlines.whole)));
         let offered = frontend.features()?;
         let mut protocol = 0;
         if offered & VHOST_USER_F_PROTOCOL_FEATURES != 0 {
@@ -314,6 +317,7 @@ impl Session {
         }
         let requests = self.open_requests(&frontend, protocol)?;
         frontend.set_owner()?;
+        frontend.finish_by(None);
         Ok(Greeting { offered, protocol, queues, link: Link { frontend, requests, memory_sent: false } })
     }
 
@@ -327,6 +331,18 @@ impl Session {
     }
 
     fn activate(&mut self, used_index: impl Fn(u64) -> u16) -> Result<()> {
+        let by = Deadline::after(self.setup.deadlines.whole);
+        if let Some(link) = &mut self.link {
+            link.frontend.finish_by(Some(by));
+        }
+        let activated = self.start_rings(used_index);
+        if let Some(link) = &mut self.link {
+            link.frontend.finish_by(None);
+        }
+        activated
+    }
+
+    fn start_rings(&mut self, used_index: impl Fn(u64) -> u16) -> Result<()> {
         let with_protocol = self.offered & VHOST_USER_F_PROTOCOL_FEATURES;
         let (Some(link), Some(active)) = (&mut self.link, &mut self.active) else { return Err(Error::Disconnected) };
         let frontend = &link.frontend;

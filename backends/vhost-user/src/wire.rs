@@ -103,6 +103,11 @@ impl Deadline {
         Deadline { at: Instant::now() + span, span }
     }
 
+    /// The earlier one of both.
+    pub fn or_sooner(self, other: Deadline) -> Deadline {
+        if other.at < self.at { other } else { self }
+    }
+
     fn left(&self) -> Option<Timespec> {
         let left = self.at.checked_duration_since(Instant::now())?;
         Timespec::try_from(left).ok()

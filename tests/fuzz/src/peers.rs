@@ -231,7 +231,7 @@ fn setup(memory: &Arc<OwnedFd>) -> Setup {
         let (kick, call) = (event(EventfdFlags::NONBLOCK), event(EventfdFlags::NONBLOCK));
         Notifiers { kick, call }
     });
-    let deadlines = Deadlines { exchange: LIMIT, stop: LIMIT };
+    let deadlines = Deadlines { exchange: LIMIT, whole: LIMIT, stop: LIMIT };
     Setup { memory: vec![region], notifiers: notifiers.collect(), deadlines }
 }
 
