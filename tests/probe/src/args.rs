@@ -192,6 +192,10 @@ pub struct Storm {
     /// For machines
     #[arg(long)]
     pub json: bool,
+    /// Start it as `outboard run` does, without a waiting parent and with one network namespace for all of them. For programs of this
+    /// project
+    #[arg(long)]
+    pub in_machine: bool,
     /// How rings are made
     #[command(flatten)]
     pub rings: Rings,

@@ -1,5 +1,6 @@
 //! A backend: one that listens, or one that is started here, killed, and started again.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -11,6 +12,8 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
+use sandbox::{NetNamespace, Spawn, spawn};
 
 /// How long a started backend may take to open its socket.
 const START: Duration = Duration::from_secs(10);
@@ -53,8 +56,44 @@ pub fn connect_within(path: &Path, limit: Duration) -> Result<UnixStream> {
 pub struct Backend {
     command: Vec<String>,
     socket: Option<PathBuf>,
-    child: Option<Child>,
+    child: Option<Process>,
     quiet: bool,
+    /// The machine's network namespace, where the backend is started as in a machine.
+    machine: Option<NetNamespace>,
+}
+
+/// What was started.
+#[derive(Debug)]
+enum Process {
+    /// A command; perhaps the waiting parent of the backend.
+    Command(Child),
+    /// The backend itself, in its namespaces.
+    Composed(sandbox::Child),
+}
+
+impl Process {
+    /// Ends it at once, and returns when it is gone.
+    fn end(&mut self) -> Result<()> {
+        match self {
+            Process::Command(child) => {
+                child.kill().context("Cannot kill the backend")?;
+                child.wait().context("Cannot wait for the backend")?;
+            }
+            Process::Composed(child) => {
+                pidfd_send_signal(&child.pidfd, Signal::KILL).context("Cannot kill the backend")?;
+                waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED).context("Cannot wait for the backend")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How it ended, if it has; of a command only.
+    fn ended(&mut self) -> Option<ExitStatus> {
+        match self {
+            Process::Command(child) => child.try_wait().ok().flatten(),
+            Process::Composed(_) => None,
+        }
+    }
 }
 
 impl Backend {
@@ -62,7 +101,7 @@ impl Backend {
     pub fn new(command: Vec<String>) -> Backend {
         let listens = command.iter().any(|word| word.contains("{socket}"));
         let socket = listens.then(|| std::env::temp_dir().join(format!("outboard-probe-{}.sock", std::process::id())));
-        Backend { command, socket, child: None, quiet: false }
+        Backend { command, socket, child: None, quiet: false, machine: None }
     }
 
     /// What it says is not shown.
@@ -70,6 +109,16 @@ impl Backend {
     pub fn quiet(mut self) -> Backend {
         self.quiet = true;
         self
+    }
+
+    /// It is started as a machine starts it: at once in its namespaces, of which the network's is made here and now for all of them.
+    /// For programs of this project.
+    ///
+    /// # Errors
+    /// When there can be no such namespace.
+    pub fn in_machine(mut self) -> Result<Backend> {
+        self.machine = Some(NetNamespace::new()?);
+        Ok(self)
     }
 
     /// Connects once more to the one that listens.
@@ -82,7 +131,7 @@ impl Backend {
 
     /// How it ended, if it has.
     pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.as_mut().and_then(|child| child.try_wait().ok().flatten())
+        self.child.as_mut().and_then(Process::ended)
     }
 
     /// Starts it and connects.
@@ -99,6 +148,10 @@ impl Backend {
     fn start_connected(&mut self) -> Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
         let theirs = OwnedFd::from(theirs);
+        if let Some(machine) = &self.machine {
+            self.child = Some(Process::Composed(compose(&self.command, machine, &theirs)?));
+            return Ok(ours);
+        }
         // A number that survives exec: the copy without close-on-exec is the child's alone, as this one is closed here.
         let passed = rustix::io::dup(&theirs).context("Cannot pass a socket on")?;
         let number = passed.as_raw_fd().to_string();
@@ -106,7 +159,7 @@ impl Backend {
         if !self.command.iter().any(|word| word.contains("{fd}")) {
             words.extend(["--fd".to_owned(), number]);
         }
-        self.child = Some(run(&words, self.quiet)?);
+        self.child = Some(Process::Command(run(&words, self.quiet)?));
         drop(passed);
         Ok(ours)
     }
@@ -114,7 +167,7 @@ impl Backend {
     fn start_listening(&mut self, path: &Path) -> Result<UnixStream> {
         let _nothing_left_behind = std::fs::remove_file(path);
         let words: Vec<String> = self.command.iter().map(|word| word.replace("{socket}", &path.to_string_lossy())).collect();
-        self.child = Some(run(&words, self.quiet)?);
+        self.child = Some(Process::Command(run(&words, self.quiet)?));
         let start = Instant::now();
         loop {
             match UnixStream::connect(path) {
@@ -124,7 +177,7 @@ impl Backend {
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
-            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+            if let Some(status) = self.ended() {
                 bail!("{} ended: {status}", words.join(" "));
             }
         }
@@ -137,8 +190,7 @@ impl Backend {
     /// When it does not die.
     pub fn kill(&mut self, connection: Option<impl AsFd>) -> Result<()> {
         if let Some(mut child) = self.child.take() {
-            child.kill().context("Cannot kill the backend")?;
-            child.wait().context("Cannot wait for the backend")?;
+            child.end()?;
         }
         let Some(connection) = connection else { return Ok(()) };
         let start = Instant::now();
@@ -159,13 +211,34 @@ impl Backend {
 impl Drop for Backend {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            let _already_gone = child.kill();
-            let _reaped = child.wait();
+            let _already_gone = child.end();
         }
         if let Some(path) = &self.socket {
             let _already_gone = std::fs::remove_file(path);
         }
     }
+}
+
+/// The number under which a composed backend finds its socket.
+const SOCKET: i32 = 3;
+
+fn compose(words: &[String], machine: &NetNamespace, socket: &OwnedFd) -> Result<sandbox::Child> {
+    let Some((program, args)) = words.split_first() else { bail!("No command to start a backend with is given") };
+    let number = SOCKET.to_string();
+    let mut args: Vec<String> = args.iter().map(|word| word.replace("{fd}", &number)).collect();
+    if !words.iter().any(|word| word.contains("{fd}")) {
+        args.extend(["--fd".to_owned(), number]);
+    }
+    let what = Spawn {
+        program: Path::new(program),
+        args: args.into_iter().map(OsString::from).collect(),
+        fds: vec![(socket.as_fd(), SOCKET)],
+        stdin: None,
+        stdout: None,
+        stderr: None,
+        net: Some(machine),
+    };
+    Ok(spawn(&what)?)
 }
 
 fn run(words: &[String], quiet: bool) -> Result<Child> {

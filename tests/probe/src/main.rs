@@ -188,7 +188,8 @@ fn measure(socket: &Path, load: Load, block_size: u32, depth: usize, seconds: f6
 }
 
 fn kill(plan: &Storm, run: impl FnOnce(&mut Backend, storm::Plan, &mut dyn FnMut(u32)) -> Result<storm::Report>) -> Result<bool> {
-    let mut backend = Backend::new(plan.command.clone());
+    let backend = Backend::new(plan.command.clone());
+    let mut backend = if plan.in_machine { backend.in_machine()? } else { backend };
     let how = storm::Plan {
         kills: plan.kills,
         depth: plan.depth,

@@ -14,7 +14,7 @@ fn a_thousand_kills_lose_nothing_of_a_disk() {
     let image = scratch.image("disk.img", 16 << 20);
     let blk = program("outboard-blk");
     let server = [blk.to_str().unwrap(), "--blk-file", image.to_str().unwrap(), "--format", "raw", "--num-queues", "2"];
-    let ended = storm(&["blk", "--kills", "1000", "--queues", "2"], &server);
+    let ended = storm(&["blk", "--in-machine", "--kills", "1000", "--queues", "2"], &server);
     println!("{}", ended.out);
     assert_eq!(ended.code, Some(0), "{}{}", ended.out, ended.err);
     assert!(ended.out.starts_with("1000 kills"), "{}", ended.out);
@@ -24,7 +24,7 @@ fn a_thousand_kills_lose_nothing_of_a_disk() {
 #[test]
 fn a_thousand_kills_lose_nothing_of_an_entropy_source() {
     let rng = program("outboard-rng");
-    let ended = storm(&["rng", "--kills", "1000"], &[rng.to_str().unwrap()]);
+    let ended = storm(&["rng", "--in-machine", "--kills", "1000"], &[rng.to_str().unwrap()]);
     println!("{}", ended.out);
     assert_eq!(ended.code, Some(0), "{}{}", ended.out, ended.err);
     assert!(ended.out.contains(" 0 lost, 0 duplicated, 0 corrupted, 0 failed"), "{}", ended.out);
@@ -35,7 +35,8 @@ fn a_thousand_kills_lose_nothing_of_a_console() {
     let scratch = Scratch::new();
     let file = scratch.path("console.log");
     let (console, file) = (program("outboard-console"), file.to_str().unwrap());
-    let ended = storm(&["console", "--file", file, "--kills", "1000"], &[console.to_str().unwrap(), "--file", file]);
+    let ended =
+        storm(&["console", "--in-machine", "--file", file, "--kills", "1000"], &[console.to_str().unwrap(), "--file", file]);
     println!("{}", ended.out);
     assert_eq!(ended.code, Some(0), "{}{}", ended.out, ended.err);
     assert!(ended.out.contains(" 0 lost, 0 duplicated, 0 corrupted, 0 failed"), "{}", ended.out);
