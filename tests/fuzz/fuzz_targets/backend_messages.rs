@@ -1,4 +1,4 @@
-//! See `fuzz::targets::backend_messages`.
+//! See `fuzz::targets`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("backend_messages", data));

@@ -1,4 +1,4 @@
-//! See `fuzz::targets::frontend_messages`.
+//! See `fuzz::targets`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("frontend_messages", data));

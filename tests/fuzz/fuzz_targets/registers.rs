@@ -1,4 +1,4 @@
-//! See `fuzz::targets::registers`.
+//! See `fuzz::targets`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::run("registers", data));

@@ -7,6 +7,7 @@ use std::path::Path;
 use blk::request::{Limits, Request, SECTOR, Status};
 use outboard::machine::file;
 use rustix::fs::{MemfdFlags, memfd_create};
+use virtio::metrics::page;
 
 use crate::bytes::Bytes;
 use crate::rings;
@@ -60,6 +61,19 @@ pub fn machine_file(bytes: Bytes<'_>) {
     match file::parse(text, "fuzz.toml", Path::new("/nowhere")) {
         Ok(machine) => assert!(!machine.name.is_empty() || text.contains("name")),
         Err(error) => assert!(format!("{error:#}").contains("fuzz.toml"), "{error:#}"),
+    }
+}
+
+/// The page in which a process shows its counters. Where it goes next has a format of its own, which nothing in it may break.
+pub fn metrics_page(mut bytes: Bytes<'_>) {
+    // In front of the descriptions there is little, and most of it has to be right.
+    let magic = if bytes.byte() == 0 { bytes.u64() } else { u64::from_le_bytes(*b"outbmet1") };
+    let head = [magic.to_le_bytes(), (bytes.u64() % 64).to_le_bytes()].concat();
+    let mut page = [head, vec![0; 48], bytes.rest().to_vec()].concat();
+    page.resize(page::SIZE, 0);
+    for shown in page::parse(&page) {
+        assert!(shown.name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'), "{:?}", shown.name);
+        assert!(!shown.help.contains(['"', '\\', '\n']), "{:?}", shown.help);
     }
 }
 

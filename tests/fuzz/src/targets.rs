@@ -7,13 +7,14 @@ use crate::{parsers, peers, registers, rings};
 pub type Target = (&'static str, fn(Bytes<'_>));
 
 /// All of them. Each has a program of its name in `fuzz_targets/`.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("backend_messages", peers::backend),
     ("chain", rings::chain),
     ("frontend_messages", peers::frontend),
     ("inflight", rings::inflight),
     ("kernel", parsers::kernel),
     ("machine_file", parsers::machine_file),
+    ("metrics_page", parsers::metrics_page),
     ("queue", rings::queue),
     ("registers", registers::registers),
     ("request_blk", parsers::blk),
