@@ -95,6 +95,24 @@ fn descriptor(kind: u8) -> OwnedFd {
     }
 }
 
+/// Any message.
+fn anything(bytes: &mut Bytes<'_>) -> (u32, Vec<u8>, Vec<OwnedFd>) {
+    let request = u32::from(bytes.byte() % 48);
+    let len = usize::from(bytes.byte());
+    let body = bytes.take(len).to_vec();
+    let fds = (0..bytes.byte() % 5).map(|_| descriptor(bytes.byte())).collect();
+    (request, body, fds)
+}
+
+/// Changes one byte, now and then.
+fn spoil(body: &mut [u8], bytes: &mut Bytes<'_>) {
+    if bytes.byte().is_multiple_of(8)
+        && let Some(byte) = body.get_mut(usize::from(bytes.byte()))
+    {
+        *byte ^= bytes.byte();
+    }
+}
+
 fn words<const N: usize>(values: [u64; N]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
 }
@@ -141,19 +159,9 @@ fn say(channel: &Channel, bytes: &mut Bytes<'_>) {
             (32, [words([size, 0]), sizes].concat(), vec![fd])
         }
         14 => (21, descriptor_body(bytes), vec![descriptor(7)]),
-        _ => {
-            let request = u32::from(bytes.byte() % 48);
-            let len = usize::from(bytes.byte());
-            let body = bytes.take(len).to_vec();
-            let fds = (0..bytes.byte() % 5).map(|_| descriptor(bytes.byte())).collect();
-            (request, body, fds)
-        }
+        _ => anything(bytes),
     };
-    if bytes.byte().is_multiple_of(8)
-        && let Some(byte) = body.get_mut(usize::from(bytes.byte()))
-    {
-        *byte ^= bytes.byte();
-    }
+    spoil(&mut body, bytes);
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     // A full buffer means that nobody reads what comes after.
     let _full = channel.request(request, bytes.byte() & 1 != 0, &body, &fds, Deadline::after(Duration::ZERO));
@@ -208,19 +216,9 @@ fn answer(channel: &Channel, bytes: &mut Bytes<'_>) {
             (31, [words([size, 0]), sizes, vec![0; 4]].concat(), vec![fd])
         }
         6 => (u32::from(bytes.byte() % 48), words([0]), vec![]),
-        _ => {
-            let request = u32::from(bytes.byte() % 48);
-            let len = usize::from(bytes.byte());
-            let body = bytes.take(len).to_vec();
-            let fds = (0..bytes.byte() % 5).map(|_| descriptor(bytes.byte())).collect();
-            (request, body, fds)
-        }
+        _ => anything(bytes),
     };
-    if bytes.byte().is_multiple_of(8)
-        && let Some(byte) = body.get_mut(usize::from(bytes.byte()))
-    {
-        *byte ^= bytes.byte();
-    }
+    spoil(&mut body, bytes);
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let _full = channel.reply(request, &body, &fds, Deadline::after(Duration::ZERO));
 }

@@ -21,7 +21,7 @@ use crate::blk::{Disk, Kind, LIMIT, SECTOR, Status, pattern};
 use crate::device::{Device, Shape};
 use crate::link::Backend;
 use crate::random::Random;
-use crate::ring::Buffer;
+use crate::ring::{Buffer, Used};
 
 mod console;
 
@@ -283,6 +283,19 @@ impl Load for BlkLoad {
     }
 }
 
+/// The next completion of a queue, counted. What completes and was not out is a duplicate.
+fn next(device: &mut Device, queue: u16, report: &mut Report) -> Option<Used> {
+    loop {
+        match device.completion(queue) {
+            Ok(used) => {
+                report.requests += u64::from(used.is_some());
+                return used;
+            }
+            Err(_) => report.duplicated += 1,
+        }
+    }
+}
+
 /// Bytes of a request for random numbers.
 const RANDOM_BYTES: u32 = 64;
 
@@ -311,17 +324,8 @@ impl Load for RngLoad {
 
     fn take(&mut self, report: &mut Report) -> Result<u64> {
         let mut count = 0;
-        loop {
-            let used = match self.device.completion(0) {
-                Ok(Some(used)) => used,
-                Ok(None) => return Ok(count),
-                Err(_) => {
-                    report.duplicated += 1;
-                    continue;
-                }
-            };
+        while let Some(used) = next(&mut self.device, 0, report) {
             count += 1;
-            report.requests += 1;
             let Some(place) = self.out.iter().position(|(head, _)| *head == used.head) else { continue };
             let (_, at) = self.out.swap_remove(place);
             let mut bytes = [0; RANDOM_BYTES as usize];
@@ -331,6 +335,7 @@ impl Load for RngLoad {
             report.corrupted += u64::from(used.len != RANDOM_BYTES || zeroes > 48);
             self.idle.push(at);
         }
+        Ok(count)
     }
 
     fn finish(&mut self, _report: &mut Report) -> Result<()> {

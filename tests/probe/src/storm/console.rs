@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Load, Plan, Report, run};
+use super::{Load, Plan, Report, next, run};
 use crate::device::{Device, Shape};
 use crate::link::Backend;
 use crate::ring::Buffer;
@@ -75,20 +75,12 @@ impl Load for ConsoleLoad {
 
     fn take(&mut self, report: &mut Report) -> Result<u64> {
         let mut count = 0;
-        loop {
-            let used = match self.device.completion(TRANSMIT) {
-                Ok(Some(used)) => used,
-                Ok(None) => return Ok(count),
-                Err(_) => {
-                    report.duplicated += 1;
-                    continue;
-                }
-            };
+        while let Some(used) = next(&mut self.device, TRANSMIT, report) {
             count += 1;
-            report.requests += 1;
             let Some(place) = self.out.iter().position(|(head, _)| *head == used.head) else { continue };
             self.idle.push(self.out.swap_remove(place).1);
         }
+        Ok(count)
     }
 
     /// Everything that was put in is done, so the file is the lines, one after the other, and nothing else.
