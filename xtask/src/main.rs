@@ -21,6 +21,7 @@ mod host;
 mod nested;
 mod say;
 mod test;
+mod uml;
 
 use std::process::ExitCode;
 

@@ -13,5 +13,6 @@ mod guest {
     mod life;
     mod machine;
     mod outside;
+    mod uml;
     mod view;
 }
