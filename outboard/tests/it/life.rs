@@ -1,7 +1,7 @@
 //! How a machine lives and ends.
 
 use std::process::{Child, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::{LocalModes, tcgetattr};
@@ -106,7 +106,7 @@ fn a_signal_presses_the_power_button_and_a_second_one_ends() {
     let machine = Machine::new().file(DEVICES).pretend("vmm:deaf");
     let running = machine.start();
     kill("-INT", running.child.id().into());
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    std::thread::sleep(Duration::from_millis(200));
     kill("-INT", running.child.id().into());
     let outcome = running.end();
     assert_eq!(outcome.status, Some(1));
@@ -179,4 +179,42 @@ fn the_terminal_is_put_back_however_the_machine_ends() {
 
 fn kill_with(signal: Signal, child: &Child) {
     kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+#[test]
+fn a_device_process_that_is_stopped_is_replaced() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let pid = running.pid("root");
+    // Whoever stops it for a moment only is not robbed of it.
+    kill("-STOP", pid);
+    std::thread::sleep(Duration::from_millis(100));
+    kill("-CONT", pid);
+    std::thread::sleep(Duration::from_millis(900));
+    assert_eq!(running.pid("root"), pid);
+    let began = Instant::now();
+    kill("-STOP", pid);
+    eventually("it is killed", || !is_alive(pid));
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    running.until("a new process serves", |report| {
+        process(report, "root")["state"] == "connected" && process(report, "root")["restarts"] == 1
+    });
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+    let events = machine.run(&["events", "web"]).stdout;
+    let hung = events.lines().find(|line| line.contains("process hung")).unwrap_or_default();
+    assert!(hung.ends_with("it is stopped"), "{events}");
+}
+
+#[test]
+fn a_stopped_device_process_that_is_not_to_be_replaced_is_left_to_who_looks_into_it() {
+    let machine = Machine::new().file(&format!("restart = \"never\"\n{DEVICES}"));
+    let running = machine.start();
+    let pid = running.pid("root");
+    kill("-STOP", pid);
+    eventually("it is told of", || machine.run(&["events", "web"]).stdout.contains("process hung"));
+    assert!(is_alive(pid));
+    kill("-CONT", pid);
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
 }
