@@ -26,8 +26,8 @@ pub(crate) struct Args {
     only: Option<String>,
 }
 
-/// A test takes up to two minutes where everything is emulated; a guest that hangs must not hold the result up for ever.
-const GUEST_TEST_LIMIT: Duration = Duration::from_secs(5 * 60);
+/// A test takes up to four minutes where everything is emulated; a guest that hangs must not hold the result up for ever.
+const GUEST_TEST_LIMIT: Duration = Duration::from_secs(8 * 60);
 
 /// How often a test is tried whose nested machine fails.
 const ATTEMPTS: u32 = 4;
