@@ -1,6 +1,6 @@
 //! How a machine lives and ends.
 
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -144,6 +144,69 @@ fn a_composer_that_is_killed_leaves_nothing_behind() {
     eventually("the runtime directory goes", || machine.is_gone());
     let events = machine.run(&["events", "web"]).stdout;
     assert!(events.contains("  started"), "what had happened is still known: {events}");
+}
+
+#[test]
+fn devices_that_are_killed_in_the_same_instant_are_all_replaced() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let roles = ["root", "entropy", "main"];
+    let before = roles.map(|role| running.pid(role));
+    kill_all(&before);
+    running.until("all are served again", |report| {
+        roles.iter().all(|role| {
+            let process = process(report, role);
+            process["state"] == "connected" && process["restarts"] == 1 && !before.contains(&process["pid"].as_u64().unwrap_or(0))
+        })
+    });
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+    assert_eq!(machine.processes(), []);
+}
+
+/// Whoever is killed together with the composer: the kernel ends its children, and the janitor takes the directory away.
+#[test]
+fn whatever_is_killed_with_the_composer_nothing_is_left() {
+    for others in [&["outboard-vmm"][..], &["outboard-blk", "outboard-rng", "outboard-console"], &["outboard-"]] {
+        let machine = Machine::new().file(DEVICES);
+        let mut running = machine.start();
+        let all = machine.processes();
+        assert_eq!(all.len(), 6, "composer, janitor, VMM and three devices: {all:?}");
+        let is_chosen = |words: &str| others.iter().any(|other| words.contains(&format!("/bin/{other}")));
+        let mut victims: Vec<u64> = all.iter().filter(|(_, words)| is_chosen(words)).map(|(pid, _)| *pid).collect();
+        victims.push(running.child.id().into());
+        kill_all(&victims);
+        running.child.wait().unwrap();
+        eventually("every process ends", || machine.processes().is_empty());
+        eventually("the runtime directory goes", || machine.is_gone());
+    }
+}
+
+/// Then nobody is left to take the directory away, until somebody looks, or takes the name again.
+#[test]
+fn what_a_killed_composer_and_a_killed_janitor_leave_is_taken_away_by_the_next_command() {
+    for again in ["ps", "run"] {
+        let machine = Machine::new().file(DEVICES);
+        let mut running = machine.start();
+        let janitor = machine.processes().into_iter().find(|(_, words)| words.contains("outboard janitor ")).unwrap().0;
+        kill_all(&[running.child.id().into(), janitor]);
+        running.child.wait().unwrap();
+        eventually("every process ends", || machine.processes().is_empty());
+        assert!(!machine.is_gone(), "this is what the test is about");
+        if again == "ps" {
+            assert_eq!(machine.run(&["ps"]).stdout, "No machine is running.\n");
+        } else {
+            let running = machine.start();
+            machine.run(&["stop", "web"]);
+            assert_eq!(running.end().status, Some(0));
+        }
+        assert!(machine.is_gone());
+    }
+}
+
+fn kill_all(pids: &[u64]) {
+    let pids: Vec<String> = pids.iter().map(u64::to_string).collect();
+    assert!(Command::new("kill").arg("-KILL").args(pids).status().unwrap().success());
 }
 
 #[test]

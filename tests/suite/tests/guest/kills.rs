@@ -36,7 +36,7 @@ fn under_fio(image: &Path) -> Machine {
 fn a_hundred_kills_of_a_disk_under_fio() {
     let scratch = suite::Scratch::new();
     let image = scratch.image("fio.img", 32 << 20);
-    let mut machine = under_fio(&image);
+    let machine = under_fio(&image);
     let mut random = Random::new(20);
     for round in 1..=100 {
         kill(&machine, "c-fio");
