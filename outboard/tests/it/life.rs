@@ -269,6 +269,25 @@ fn a_device_process_that_is_stopped_is_replaced() {
     assert!(hung.ends_with("it is stopped"), "{events}");
 }
 
+/// That is what becomes of one that does not answer, or does not stop its rings: the VMM gives it up.
+#[test]
+fn a_device_process_that_the_vmm_has_given_up_is_replaced() {
+    let machine = Machine::new().file(DEVICES).pretend("vmm:lose");
+    let running = machine.start();
+    let first = running.until("the first device is replaced", |report| {
+        let processes = report["processes"].as_array().unwrap();
+        processes.iter().any(|process| process["restarts"] == 1 && process["state"] == "connected")
+    });
+    assert_eq!(first["status"], "running");
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+    let events = machine.run(&["events", "web"]).stdout;
+    let order =
+        ["It did not stop a ring within 10 s", "it lives on without its connection", "was killed by signal 9", "device back"];
+    let places: Vec<_> = order.iter().map(|what| events.find(what)).collect();
+    assert!(places.is_sorted() && places.iter().all(Option::is_some), "{events}");
+}
+
 #[test]
 fn a_stopped_device_process_that_is_not_to_be_replaced_is_left_to_who_looks_into_it() {
     let machine = Machine::new().file(&format!("restart = \"never\"\n{DEVICES}"));
