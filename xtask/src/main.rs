@@ -22,6 +22,7 @@ mod nested;
 mod say;
 mod test;
 mod uml;
+mod virtiofsd;
 
 use std::process::ExitCode;
 

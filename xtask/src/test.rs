@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::Kvm;
-use crate::{build, cache, guest, host, nested, say, uml};
+use crate::{build, cache, guest, host, nested, say, uml, virtiofsd};
 
 /// Set everything up and run every test.
 #[derive(Debug, clap::Args)]
@@ -40,7 +40,10 @@ struct Peer {
 }
 
 /// User-mode Linux needs no KVM, but a processor whose registers it knows: one with AMX stops it, the emulated one does not.
-const PEERS: &[Peer] = &[Peer { module: "uml", variable: "OUTBOARD_UML", prepare: uml::prepare }];
+const PEERS: &[Peer] = &[
+    Peer { module: "uml", variable: "OUTBOARD_UML", prepare: uml::prepare },
+    Peer { module: "virtiofsd", variable: "OUTBOARD_VIRTIOFSD", prepare: virtiofsd::prepare },
+];
 
 /// The task.
 pub(crate) fn run(args: &Args) -> Result<()> {

@@ -15,4 +15,5 @@ mod guest {
     mod outside;
     mod uml;
     mod view;
+    mod virtiofsd;
 }
