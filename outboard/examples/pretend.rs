@@ -2,7 +2,8 @@
 //! the name of a device it holds its connection until the other end hangs up. What it is to do differently is in the
 //! environment variable `PRETEND`, words of the form `NAME:WHAT` separated by spaces:
 //!
-//! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence;
+//! - `vmm:4` ends with status 4 once started, `vmm:deaf` ignores the power button, `vmm:die` fails with a sentence,
+//!   `vmm:lose` gives the first device's connection up a moment later;
 //! - `console:raw` makes the terminal raw and leaves it so;
 //! - `blk:mute` never says that it serves;
 //! - a console with `--socket` greets each client and gives back what is typed;
@@ -133,6 +134,11 @@ fn vmm(args: &[String], wish: &str) -> ExitCode {
     if let Ok(status) = wish.parse::<u8>() {
         thread::sleep(Duration::from_millis(200));
         return ExitCode::from(status);
+    }
+    if wish == "lose" {
+        thread::sleep(Duration::from_millis(200));
+        let reason = "It did not stop a ring within 10 s";
+        tell(&control, &json!({"event": "device", "device": names.first(), "state": "lost", "reason": reason}));
     }
     while let Some((message, descriptor)) = hear(&control) {
         match message["command"].as_str() {

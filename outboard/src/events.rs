@@ -23,6 +23,8 @@ pub enum What {
     DeviceLost,
     /// There is a successor, and it cannot go on with the work.
     DeviceDegraded,
+    /// A device's process does nothing any more, and is killed if it is to be replaced.
+    ProcessHung,
     /// A device's process has ended.
     ProcessEnded,
     /// There is a new one.
@@ -99,6 +101,7 @@ impl Event {
             What::DeviceConnected | What::DeviceBack => ("OUTBOARD_DEVICE", device("connected")),
             What::DeviceLost => ("OUTBOARD_DEVICE", device("lost")),
             What::DeviceDegraded => ("OUTBOARD_DEVICE", device("degraded")),
+            What::ProcessHung => ("OUTBOARD_PROCESS", process("hung")),
             What::ProcessEnded => ("OUTBOARD_PROCESS", process("ended")),
             What::ProcessRestarted => ("OUTBOARD_PROCESS", process("restarted")),
             What::GaveUp => ("OUTBOARD_PROCESS", process("gave-up")),

@@ -174,6 +174,7 @@ impl Supervisor<'_> {
                         process.signal(Signal::WINCH);
                     }
                 }
+                Request::Look => self.slots.iter_mut().for_each(Slot::look),
                 Request::End => match self.stage {
                     Stage::Starting | Stage::Running => {
                         notices::line(&format!(
@@ -387,8 +388,14 @@ impl Supervisor<'_> {
             let Some(slot) = self.slots.get_mut(index) else {
                 continue;
             };
-            slot.kill_if_due(now);
-            if slot.retry_at.is_some_and(|due| due <= now) {
+            let retry = slot.retry_at.is_some_and(|due| due <= now);
+            if let Some(wrong) = slot.kill_if_due(now, self.machine.restart != Restart::Never) {
+                let event = Event::of(What::ProcessHung, &slot.device.name);
+                let pid = slot.process.as_ref().map(|process| process.pid);
+                notices::line(&format!("{}: the process hangs: {wrong}", slot.device.name));
+                self.happened(&Event { pid, ..event.because(Some(wrong.to_owned())) });
+            }
+            if retry {
                 self.restart(index);
             }
         }

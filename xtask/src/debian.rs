@@ -16,6 +16,8 @@ use crate::{cache, say};
 pub(crate) const RELEASE: &str = "bookworm";
 /// Where the kernel and QEMU come from: 6.12 and 10.0 instead of 6.1 and 7.2.
 pub(crate) const BACKPORTS: &str = "bookworm-backports";
+/// Where programs come from that are newer still and are only tested against. Their libraries come with them.
+pub(crate) const NEXT: &str = "trixie";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const FALLBACK_MIRROR: &str = "http://deb.debian.org/debian";
 
@@ -43,13 +45,22 @@ pub(crate) struct Apt {
 impl Apt {
     /// Sets up the directory and fetches the package lists.
     pub(crate) fn new() -> Result<Self> {
-        let apt = Self { dir: cache::dir()?.join("apt") };
+        Self::of("apt", &[RELEASE, BACKPORTS])
+    }
+
+    /// The same for the next release, beside the other: no package of one is taken for the other's.
+    pub(crate) fn next() -> Result<Self> {
+        Self::of("apt-next", &[NEXT])
+    }
+
+    fn of(dir: &str, releases: &[&str]) -> Result<Self> {
+        let apt = Self { dir: cache::dir()?.join(dir) };
         for dir in ["lists/partial", "archives/partial", "none/partial", "state"] {
             let dir = apt.dir.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("Cannot create {}", dir.display()))?;
         }
         apt.write("state/status", "")?;
-        apt.write("sources.list", &sources())?;
+        apt.write("sources.list", &sources(releases))?;
         apt.write("apt.conf", &apt.configuration()?)?;
         say::step("Fetch the package lists", || say::quietly(apt.command("apt-get").arg("update")))?;
         Ok(apt)
@@ -176,10 +187,10 @@ fn option(name: &str, value: &Path) -> String {
 }
 
 /// A list of sources for the host's mirror, so that a mirror nearby is used where one is configured.
-fn sources() -> String {
+fn sources(releases: &[&str]) -> String {
     let mirror = mirror().unwrap_or_else(|| FALLBACK_MIRROR.to_owned());
     let signed = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
-    format!("deb {signed}{mirror} {RELEASE} main\ndeb {signed}{mirror} {BACKPORTS} main\n")
+    releases.iter().map(|release| format!("deb {signed}{mirror} {release} main\n")).collect()
 }
 
 fn mirror() -> Option<String> {

@@ -21,6 +21,8 @@ mod host;
 mod nested;
 mod say;
 mod test;
+mod uml;
+mod virtiofsd;
 
 use std::process::ExitCode;
 

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::Kvm;
-use crate::{build, cache, guest, host, nested, say};
+use crate::{build, cache, guest, host, nested, say, uml, virtiofsd};
 
 /// Set everything up and run every test.
 #[derive(Debug, clap::Args)]
@@ -26,11 +26,24 @@ pub(crate) struct Args {
     only: Option<String>,
 }
 
-/// A test takes up to two minutes where everything is emulated; a guest that hangs must not hold the result up for ever.
-const GUEST_TEST_LIMIT: Duration = Duration::from_secs(5 * 60);
+/// A test takes up to four minutes where everything is emulated; a guest that hangs must not hold the result up for ever.
+const GUEST_TEST_LIMIT: Duration = Duration::from_secs(8 * 60);
 
 /// How often a test is tried whose nested machine fails.
 const ATTEMPTS: u32 = 4;
+
+/// Somebody else's program that a module of the guest suite needs: made when one of its tests is run, and taken along.
+struct Peer {
+    module: &'static str,
+    variable: &'static str,
+    prepare: fn() -> Result<PathBuf>,
+}
+
+/// User-mode Linux needs no KVM, but a processor whose registers it knows: one with AMX stops it, the emulated one does not.
+const PEERS: &[Peer] = &[
+    Peer { module: "uml", variable: "OUTBOARD_UML", prepare: uml::prepare },
+    Peer { module: "virtiofsd", variable: "OUTBOARD_VIRTIOFSD", prepare: virtiofsd::prepare },
+];
 
 /// The task.
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -54,8 +67,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         _ if guests.is_empty() => Ok(()),
         Kvm::Direct => {
             say::line("Guest suite: on this host's KVM.");
+            let peers: Result<Vec<_>> = PEERS.iter().map(|peer| Ok((peer.variable, (peer.prepare)()?))).collect();
+            let peers = peers?;
             guests.iter().try_for_each(|(_, test)| {
                 let mut command = Command::new(test);
+                command.envs(peers.iter().cloned());
                 command.args(&options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs).envs(host::floor());
                 say::openly(&mut command)
             })
@@ -166,13 +182,16 @@ fn tests_of(program: &Path, options: &[String]) -> Result<Vec<String>> {
 fn one_in_nested(name: &str, program: &Path, programs: &Path, test: &str) -> Result<u8> {
     // cargo has told the tests at compile time where the programs are: there they are in this machine, too.
     let place = nested::quote(&programs.display().to_string());
-    let script = format!(
-        "export OUTBOARD_BIN=/outboard/bin\nmkdir -p {place} && rmdir {place} && ln -s /outboard/bin {place}\n\
-         exec /outboard/files/{name} --test-threads=1 --exact {}\n",
-        nested::quote(test)
-    );
+    let mut script =
+        format!("export OUTBOARD_BIN=/outboard/bin\nmkdir -p {place} && rmdir {place} && ln -s /outboard/bin {place}\n");
+    let mut files = vec![(program.to_path_buf(), format!("files/{name}"))];
+    for Peer { module, variable, prepare } in PEERS.iter().filter(|peer| test.split("::").any(|part| part == peer.module)) {
+        files.push((prepare()?, format!("files/peer-{module}")));
+        script.push_str(&format!("export {variable}=/outboard/files/peer-{module}\n"));
+    }
+    script.push_str(&format!("exec /outboard/files/{name} --test-threads=1 --exact {}\n", nested::quote(test)));
     let mut job = nested::Job::new(script, Some(programs))?;
-    job.files.push((program.to_path_buf(), format!("files/{name}")));
+    job.files.extend(files);
     job.limit = GUEST_TEST_LIMIT;
     for attempt in 1..=ATTEMPTS {
         match job.run() {

@@ -6,8 +6,8 @@ use virtio::memory::Trust;
 /// What is accepted as guest memory.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct MemoryArgs {
-    /// Accept guest memory that is not sealed against shrinking, such as cloud-hypervisor's or user-mode Linux's. Whoever
-    /// owns it can then end this process
+    /// Accept guest memory that is not sealed against shrinking, such as cloud-hypervisor's or user-mode Linux's, and sockets
+    /// in place of event descriptors, as the latter has them. Whoever owns them can then end or stop this process
     #[arg(long)]
     pub allow_unsealed_memory: bool,
 }

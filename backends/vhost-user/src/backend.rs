@@ -172,9 +172,12 @@ impl<D: Device> Backend<D> {
 
     fn answer(&mut self, channel: &Channel, mut message: Message) -> Result<()> {
         let name = frontend_name(message.request);
-        let acknowledge = message.need_reply && self.connection.protocol & features::REPLY_ACK != 0;
+        let negotiated = |connection: &Connection| connection.protocol & features::REPLY_ACK != 0;
+        let before = negotiated(&self.connection);
         let deadline = Deadline::after(MESSAGE_LIMIT);
         let answer = self.handle(&mut message);
+        // The request that negotiates acknowledgements may ask for its own (user-mode Linux), and would be waited for for ever.
+        let acknowledge = message.need_reply && (before || negotiated(&self.connection));
         debug!(request = name, ok = answer.is_ok());
         match answer {
             Ok(Answer::Done) if acknowledge => channel.reply(message.request, &0u64.to_ne_bytes(), &[], deadline),

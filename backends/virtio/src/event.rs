@@ -18,7 +18,9 @@ const WHEREVER: u64 = u64::MAX;
 /// first. A holder that fills it in just that moment can still stop this thread; it has to be fast, again and again.
 pub fn signal(fd: BorrowedFd<'_>) {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    if poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::OUT)], Some(&now)).unwrap_or(0) > 0 {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    // A socket nobody reads any more is ready, too, for an error.
+    if poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents() == PollFlags::OUT) {
         let _already_signalled = write(fd, &1u64.to_ne_bytes());
     }
 }

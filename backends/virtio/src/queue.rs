@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use crate::GUEST;
@@ -464,9 +465,19 @@ pub fn check_kick(fd: BorrowedFd<'_>) -> Result<(), KickError> {
 pub fn check_call(fd: BorrowedFd<'_>) -> Result<(), KickError> {
     let mode = rustix::fs::fstat(fd).map_err(KickError::errno)?.st_mode;
     // Files of the kernel's anonymous inodes have no type.
-    if mode & 0o170_000 != 0 {
-        return Err(KickError::NoEvent);
-    }
+    if mode & 0o170_000 == 0 { do_not_block(fd) } else { Err(KickError::NoEvent) }
+}
+
+/// Looks whether a descriptor can be a call because it is a socket, made not to block. Only of a frontend that is trusted.
+///
+/// # Errors
+/// As [`check_kick`].
+pub fn check_socket(fd: BorrowedFd<'_>) -> Result<(), KickError> {
+    let mode = rustix::fs::fstat(fd).map_err(KickError::errno)?.st_mode;
+    if FileType::from_raw_mode(mode) == FileType::Socket { do_not_block(fd) } else { Err(KickError::NoEvent) }
+}
+
+fn do_not_block(fd: BorrowedFd<'_>) -> Result<(), KickError> {
     let flags = rustix::fs::fcntl_getfl(fd).map_err(KickError::errno)?;
     rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(KickError::errno)
 }

@@ -95,6 +95,15 @@ impl Process {
         let _has_ended = pidfd_send_signal(&self.pidfd, signal);
     }
 
+    /// Whether it has been stopped, or goes on again, since the last look; `None`: neither.
+    ///
+    /// The kernel tells a parent of stops by signals only. A process that stands still under a debugger is not told of.
+    pub fn stopped(&self) -> Option<bool> {
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::CONTINUED | WaitIdOptions::NOHANG;
+        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), options).ok()??;
+        Some(status.stopped())
+    }
+
     /// Collects what is left of an ended process.
     pub fn reap(&mut self) -> Ending {
         self.log.read();

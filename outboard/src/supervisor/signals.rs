@@ -17,6 +17,8 @@ pub enum Request {
     End,
     /// The terminal has changed its size.
     Resize,
+    /// Look at the processes: one was stopped, goes on, or has ended.
+    Look,
 }
 
 /// The signals the composer answers.
@@ -26,7 +28,7 @@ pub struct Signals(File);
 impl Signals {
     /// From here on these signals are read, not delivered.
     pub fn new() -> Result<Self> {
-        let signals = [Signal::INT, Signal::TERM, Signal::HUP, Signal::WINCH].map(Signal::as_raw);
+        let signals = [Signal::INT, Signal::TERM, Signal::HUP, Signal::WINCH, Signal::CHILD].map(Signal::as_raw);
         Ok(Self(sandbox::signal_fd(&signals).context("Cannot block signals")?.into()))
     }
 
@@ -42,7 +44,10 @@ impl Signals {
             return None;
         }
         let number = u32::from_ne_bytes(info.first_chunk().copied()?);
-        let is_resize = i32::try_from(number) == Ok(Signal::WINCH.as_raw());
-        Some(if is_resize { Request::Resize } else { Request::End })
+        Some(match i32::try_from(number).ok().and_then(Signal::from_named_raw) {
+            Some(Signal::WINCH) => Request::Resize,
+            Some(Signal::CHILD) => Request::Look,
+            _ => Request::End,
+        })
     }
 }

@@ -23,6 +23,9 @@ use crate::machine::{Backend, Class, Device, Machine, Program, Stdio};
 const CONNECTION: i32 = 3;
 /// A process whose connection is lost but which lives on is stuck: it gets this long to end by itself.
 const GRACE: Duration = Duration::from_secs(1);
+/// A process that is stopped (SIGSTOP) does nothing by itself: it gets this long to be continued by whoever stopped it. Guests wait
+/// for seconds before they complain.
+const STANDSTILL: Duration = Duration::from_millis(500);
 
 /// A device of the running machine.
 #[derive(Debug)]
@@ -41,6 +44,8 @@ pub struct Slot<'a> {
     pub retry_at: Option<Instant>,
     /// When a stuck process is to be killed.
     pub kill_at: Option<Instant>,
+    /// When a stopped process counts as stuck.
+    pub stuck_at: Option<Instant>,
     /// The user has left the terminal that this process had.
     left: bool,
     backoff: Backoff,
@@ -58,6 +63,7 @@ impl<'a> Slot<'a> {
             restarts: 0,
             retry_at: None,
             kill_at: None,
+            stuck_at: None,
             left: false,
             backoff: Backoff::default(),
             began: Instant::now(),
@@ -68,6 +74,7 @@ impl<'a> Slot<'a> {
     pub fn start(&mut self, machine: &Machine, programs: &Programs, net: &NetNamespace) -> Result<OwnedFd> {
         self.retry_at = None;
         self.kill_at = None;
+        self.stuck_at = None;
         // What the VMM said was about the predecessor.
         self.state = None;
         self.began = Instant::now();
@@ -116,19 +123,28 @@ impl<'a> Slot<'a> {
         }
     }
 
-    /// Kills a process that is stuck.
-    pub fn kill_if_due(&mut self, now: Instant) {
-        if self.kill_at.is_some_and(|due| due <= now) {
-            self.kill_at = None;
-            if let Some(process) = &self.process {
-                process.signal(Signal::KILL);
-            }
+    /// A process may have been stopped, or continued.
+    pub fn look(&mut self) {
+        while let Some(stopped) = self.process.as_ref().and_then(Process::stopped) {
+            self.stuck_at = if stopped { Instant::now().checked_add(STANDSTILL) } else { None };
         }
+    }
+
+    /// Kills a process that is stuck, unless it is not to be replaced: then it is left to whoever looks into it. Returns what is
+    /// wrong with it, once.
+    pub fn kill_if_due(&mut self, now: Instant, replace: bool) -> Option<&'static str> {
+        let is_due = |at: &mut Option<Instant>| at.take_if(|due| *due <= now).is_some();
+        let (lost, stopped) = (is_due(&mut self.kill_at), is_due(&mut self.stuck_at));
+        let process = self.process.as_ref().filter(|_| lost || stopped)?;
+        if replace {
+            process.signal(Signal::KILL);
+        }
+        Some(if stopped { "it is stopped" } else { "it lives on without its connection" })
     }
 
     /// The next moment at which something is due.
     pub fn due(&self) -> Option<Instant> {
-        [self.retry_at, self.kill_at].into_iter().flatten().min()
+        [self.retry_at, self.kill_at, self.stuck_at].into_iter().flatten().min()
     }
 
     /// The user has left the terminal. Somebody has to take what the guest still says: Linux waits for its console, also on its way

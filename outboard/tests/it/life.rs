@@ -1,7 +1,7 @@
 //! How a machine lives and ends.
 
-use std::process::{Child, Stdio};
-use std::time::Instant;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::{LocalModes, tcgetattr};
@@ -106,7 +106,7 @@ fn a_signal_presses_the_power_button_and_a_second_one_ends() {
     let machine = Machine::new().file(DEVICES).pretend("vmm:deaf");
     let running = machine.start();
     kill("-INT", running.child.id().into());
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    std::thread::sleep(Duration::from_millis(200));
     kill("-INT", running.child.id().into());
     let outcome = running.end();
     assert_eq!(outcome.status, Some(1));
@@ -147,6 +147,70 @@ fn a_composer_that_is_killed_leaves_nothing_behind() {
 }
 
 #[test]
+fn devices_that_are_killed_in_the_same_instant_are_all_replaced() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let roles = ["root", "entropy", "main"];
+    let before = roles.map(|role| running.pid(role));
+    kill_all(&before);
+    running.until("all are served again", |report| {
+        roles.iter().all(|role| {
+            let process = process(report, role);
+            process["state"] == "connected" && process["restarts"] == 1 && !before.contains(&process["pid"].as_u64().unwrap_or(0))
+        })
+    });
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+    assert_eq!(machine.processes(), []);
+}
+
+/// Whoever is killed together with the composer: the kernel ends its children, and the janitor takes the directory away.
+#[test]
+fn whatever_is_killed_with_the_composer_nothing_is_left() {
+    for others in [&["outboard-vmm"][..], &["outboard-blk", "outboard-rng", "outboard-console"], &["outboard-"]] {
+        let machine = Machine::new().file(DEVICES);
+        let mut running = machine.start();
+        let all = machine.processes();
+        assert_eq!(all.len(), 6, "composer, janitor, VMM and three devices: {all:?}");
+        let is_chosen = |words: &str| others.iter().any(|other| words.contains(&format!("/bin/{other}")));
+        let mut victims: Vec<u64> = all.iter().filter(|(_, words)| is_chosen(words)).map(|(pid, _)| *pid).collect();
+        victims.push(running.child.id().into());
+        kill_all(&victims);
+        running.child.wait().unwrap();
+        eventually("every process ends", || machine.processes().is_empty());
+        eventually("the runtime directory goes", || machine.is_gone());
+    }
+}
+
+/// Then nobody is left to take the directory away, until somebody looks, or takes the name again.
+#[test]
+fn what_a_killed_composer_and_a_killed_janitor_leave_is_taken_away_by_the_next_command() {
+    for again in ["ps", "run"] {
+        let machine = Machine::new().file(DEVICES);
+        let mut running = machine.start();
+        let janitor = machine.processes().into_iter().find(|(_, words)| words.contains("outboard janitor ")).unwrap().0;
+        // The janitor first: it is quick.
+        kill_all(&[janitor, running.child.id().into()]);
+        running.child.wait().unwrap();
+        eventually("every process ends", || machine.processes().is_empty());
+        assert!(!machine.is_gone(), "this is what the test is about");
+        if again == "ps" {
+            assert_eq!(machine.run(&["ps"]).stdout, "No machine is running.\n");
+        } else {
+            let running = machine.start();
+            machine.run(&["stop", "web"]);
+            assert_eq!(running.end().status, Some(0));
+        }
+        assert!(machine.is_gone());
+    }
+}
+
+fn kill_all(pids: &[u64]) {
+    let pids: Vec<String> = pids.iter().map(u64::to_string).collect();
+    assert!(Command::new("kill").arg("-KILL").args(pids).status().unwrap().success());
+}
+
+#[test]
 fn a_backend_of_somebody_else_is_connected_again() {
     use std::os::unix::net::UnixListener;
 
@@ -179,4 +243,61 @@ fn the_terminal_is_put_back_however_the_machine_ends() {
 
 fn kill_with(signal: Signal, child: &Child) {
     kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+#[test]
+fn a_device_process_that_is_stopped_is_replaced() {
+    let machine = Machine::new().file(DEVICES);
+    let running = machine.start();
+    let pid = running.pid("root");
+    // Whoever stops it for a moment only is not robbed of it.
+    kill("-STOP", pid);
+    std::thread::sleep(Duration::from_millis(100));
+    kill("-CONT", pid);
+    std::thread::sleep(Duration::from_millis(900));
+    assert_eq!(running.pid("root"), pid);
+    let began = Instant::now();
+    kill("-STOP", pid);
+    eventually("it is killed", || !is_alive(pid));
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    running.until("a new process serves", |report| {
+        process(report, "root")["state"] == "connected" && process(report, "root")["restarts"] == 1
+    });
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+    let events = machine.run(&["events", "web"]).stdout;
+    let hung = events.lines().find(|line| line.contains("process hung")).unwrap_or_default();
+    assert!(hung.ends_with("it is stopped"), "{events}");
+}
+
+/// That is what becomes of one that does not answer, or does not stop its rings: the VMM gives it up.
+#[test]
+fn a_device_process_that_the_vmm_has_given_up_is_replaced() {
+    let machine = Machine::new().file(DEVICES).pretend("vmm:lose");
+    let running = machine.start();
+    let first = running.until("the first device is replaced", |report| {
+        let processes = report["processes"].as_array().unwrap();
+        processes.iter().any(|process| process["restarts"] == 1 && process["state"] == "connected")
+    });
+    assert_eq!(first["status"], "running");
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
+    let events = machine.run(&["events", "web"]).stdout;
+    let order =
+        ["It did not stop a ring within 10 s", "it lives on without its connection", "was killed by signal 9", "device back"];
+    let places: Vec<_> = order.iter().map(|what| events.find(what)).collect();
+    assert!(places.is_sorted() && places.iter().all(Option::is_some), "{events}");
+}
+
+#[test]
+fn a_stopped_device_process_that_is_not_to_be_replaced_is_left_to_who_looks_into_it() {
+    let machine = Machine::new().file(&format!("restart = \"never\"\n{DEVICES}"));
+    let running = machine.start();
+    let pid = running.pid("root");
+    kill("-STOP", pid);
+    eventually("it is told of", || machine.run(&["events", "web"]).stdout.contains("process hung"));
+    assert!(is_alive(pid));
+    kill("-CONT", pid);
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
 }

@@ -82,6 +82,20 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Every process that runs a program of this machine's: the process and its command line.
+    pub(crate) fn processes(&self) -> Vec<(u64, String)> {
+        let bin = self.dir.join("bin").display().to_string();
+        let entries = fs::read_dir("/proc").unwrap().flatten();
+        let of = |entry: fs::DirEntry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let words = fs::read(entry.path().join("cmdline")).ok()?;
+            Some((pid, String::from_utf8_lossy(&words).replace('\0', " ")))
+        };
+        entries.filter_map(of).filter(|(_, words)| words.starts_with(&bin)).collect()
+    }
+}
+
 impl Drop for Machine {
     fn drop(&mut self) {
         drop(fs::remove_dir_all(&self.dir));

@@ -13,5 +13,7 @@ mod guest {
     mod life;
     mod machine;
     mod outside;
+    mod uml;
     mod view;
+    mod virtiofsd;
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use vhost::vhost_user::message::FrontendReq;
 use virtio::device::Device;
 use virtio::inflight::Log;
-use virtio::queue::{Config, MAX_SIZE, Queue, check_call, check_kick};
+use virtio::memory::Trust;
+use virtio::queue::{Config, MAX_SIZE, Queue, check_call, check_kick, check_socket};
 
 use super::{Answer, Backend, Connection, refused};
 use crate::features::VHOST_USER_F_PROTOCOL_FEATURES;
@@ -159,13 +160,13 @@ impl<D: Device> Backend<D> {
 
     pub(super) fn set_ring_call(&mut self, message: &mut Message) -> Result<Answer> {
         let (index, fd) = ring_fd(FrontendReq::SET_VRING_CALL, message)?;
-        check_event(FrontendReq::SET_VRING_CALL, fd.as_ref())?;
+        check_event(FrontendReq::SET_VRING_CALL, fd.as_ref(), self.trust)?;
         self.replace(FrontendReq::SET_VRING_CALL, index, |ring| ring.call = fd)
     }
 
     pub(super) fn set_ring_error(&mut self, message: &mut Message) -> Result<Answer> {
         let (index, fd) = ring_fd(FrontendReq::SET_VRING_ERR, message)?;
-        check_event(FrontendReq::SET_VRING_ERR, fd.as_ref())?;
+        check_event(FrontendReq::SET_VRING_ERR, fd.as_ref(), Trust::Sealed)?;
         self.replace(FrontendReq::SET_VRING_ERR, index, |ring| ring.error = fd)
     }
 
@@ -199,8 +200,13 @@ impl<D: Device> Backend<D> {
     }
 }
 
-fn check_event(request: FrontendReq, fd: Option<&OwnedFd>) -> Result<()> {
-    let checked = fd.map_or(Ok(()), |fd| check_call(fd.as_fd()));
+/// The only frontend that gives something else than event descriptors, user-mode Linux with its sockets, has to be trusted anyway.
+fn check_event(request: FrontendReq, fd: Option<&OwnedFd>, trust: Trust) -> Result<()> {
+    let check = |fd: &OwnedFd| match trust {
+        Trust::Unsealed => check_call(fd.as_fd()).or_else(|_| check_socket(fd.as_fd())),
+        Trust::Sealed => check_call(fd.as_fd()),
+    };
+    let checked = fd.map_or(Ok(()), check);
     checked.map_err(|error| refused(request, &error.to_string()))
 }
 

@@ -243,6 +243,10 @@ fn only_plain_event_descriptors_are_kicks() {
     assert!(matches!(check_kick(semaphore.as_fd()), Err(KickError::Semaphore)));
     let (pipe, _other) = rustix::pipe::pipe().unwrap();
     assert!(matches!(check_kick(pipe.as_fd()), Err(KickError::NoEvent)));
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    assert!(matches!(check_call(socket.as_fd()), Err(KickError::NoEvent)));
+    check_socket(socket.as_fd()).unwrap();
+    assert!(matches!(check_socket(plain.as_fd()), Err(KickError::NoEvent)));
     let timer =
         rustix::time::timerfd_create(rustix::time::TimerfdClockId::Monotonic, rustix::time::TimerfdFlags::empty()).unwrap();
     assert!(check_kick(timer.as_fd()).is_err());

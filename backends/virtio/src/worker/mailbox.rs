@@ -14,7 +14,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::queue::{Queue, QueueState};
 
-/// How long a stop waits for what is in flight. A disk that does not answer for so long does not answer.
+/// How long a stop waits for what is in flight. A disk that does not answer for so long does not answer. The process ends then: the
+/// thread may come back to the ring at any time, and the ring may be somebody else's by that time. Two who serve one ring
+/// corrupt what it carries.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the control thread wants.
@@ -49,9 +51,12 @@ impl Shared {
     }
 }
 
+/// Nothing came back in time.
+struct Late;
+
 /// The control thread's end.
 #[derive(Debug)]
-pub struct Worker(Arc<Shared>);
+pub struct Worker(Arc<Shared>, Duration);
 
 /// The thread's end.
 #[derive(Debug)]
@@ -65,7 +70,13 @@ impl Worker {
     pub fn new() -> io::Result<(Worker, Mailbox)> {
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let shared = Arc::new(Shared { post: Mutex::default(), bell: event()?, answered: event()? });
-        Ok((Worker(Arc::clone(&shared)), Mailbox(shared)))
+        Ok((Worker(Arc::clone(&shared), STOP_LIMIT), Mailbox(shared)))
+    }
+
+    /// Another limit for a stop.
+    #[cfg(test)]
+    pub(super) fn within(self, limit: Duration) -> Worker {
+        Worker(self.0, limit)
     }
 
     /// Hands a queue over.
@@ -83,7 +94,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes a queue back. `None`: it was not running, or nothing came back within a minute.
+    /// Takes a queue back. `None`: it was not running. If nothing comes back within a minute, the process ends.
     pub fn stop(&self, index: u16) -> Option<QueueState> {
         let mut post = self.0.post();
         post.questions += 1;
@@ -91,7 +102,15 @@ impl Worker {
         post.commands.push_back(Command::Stop(index, question));
         drop(post);
         ring(&self.0.bell);
-        self.wait_for(question, Instant::now() + STOP_LIMIT)
+        let asked = Instant::now();
+        self.wait_for(question, asked + self.1).unwrap_or_else(|Late| {
+            tracing::error!(
+                queue = index,
+                "A request does not end; the process does, {} s after its queue was to stop",
+                self.1.as_secs()
+            );
+            std::process::exit(1)
+        })
     }
 
     /// Lets the thread come to its end. A process does not do that: its threads end with it, without the system calls that an end
@@ -101,18 +120,18 @@ impl Worker {
         ring(&self.0.bell);
     }
 
-    fn wait_for(&self, question: u64, until: Instant) -> Option<QueueState> {
+    fn wait_for(&self, question: u64, until: Instant) -> Result<Option<QueueState>, Late> {
         loop {
             let mut post = self.0.post();
             // The answer to an earlier question came too late for whoever asked it.
             if let Some((_, state)) = post.answer.take().filter(|(answered, _)| *answered == question) {
-                return state;
+                return Ok(state);
             }
             if post.closed {
-                return None;
+                return Ok(None);
             }
             drop(post);
-            let left = Timespec::try_from(until.checked_duration_since(Instant::now())?).ok()?;
+            let left = until.checked_duration_since(Instant::now()).and_then(|left| Timespec::try_from(left).ok()).ok_or(Late)?;
             let _interrupted = poll(&mut [PollFd::new(&self.0.answered, PollFlags::IN)], Some(&left));
             silence(&self.0.answered);
         }

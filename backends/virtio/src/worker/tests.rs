@@ -63,3 +63,20 @@ fn a_queue_is_handed_over_served_and_given_back() {
     worker.end();
     thread.join().unwrap();
 }
+
+/// What is looked at is the end of a process, so the test runs itself again as one.
+#[test]
+fn a_queue_that_does_not_come_back_ends_the_process() {
+    const CHILD: &str = "OUTBOARD_TEST_STUCK_QUEUE";
+    if std::env::var_os(CHILD).is_some() {
+        let (worker, _mailbox_nobody_looks_into) = Worker::new().unwrap();
+        let state = worker.within(Duration::from_millis(50)).stop(0);
+        println!("gone on, {state:?}");
+        return;
+    }
+    let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "worker::tests::a_queue_that_does_not_come_back_ends_the_process", "--nocapture"]);
+    let output = again.env(CHILD, "1").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.code() == Some(1) && !said.contains("gone on"), "{:?} {said}", output.status);
+}

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
@@ -90,6 +89,27 @@ fn a_killed_composer_leaves_nothing_behind() {
 }
 
 #[test]
+fn everything_killed_at_once_leaves_nothing_behind() {
+    let mut machine = Plan::run("echo up; sleep 1000").start();
+    machine.wait_for("up");
+    let (mut all, dir) = (pids(&machine), runtime(&machine));
+    all.push(machine.id());
+    for pid in &all {
+        kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL).unwrap();
+    }
+    let ended = machine.finish();
+    assert_eq!(ended.status.code(), None, "{}", ended.tell());
+    gone(&all);
+    suite::wait_for("the folder's end", || (!dir.exists()).then_some(()));
+    let memory = "memfd:";
+    let holders = fs::read_dir("/proc").unwrap().flatten().filter(|process| {
+        let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        descriptors.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|file| file.to_string_lossy().contains(memory))
+    });
+    assert_eq!(holders.count(), 0, "nobody holds a machine's memory");
+}
+
+#[test]
 fn a_killed_vmm_ends_the_machine_with_a_reason() {
     let mut machine = Plan::run("echo up; sleep 1000").start();
     machine.wait_for("up");
@@ -108,9 +128,8 @@ fn a_stopped_device_does_not_stop_the_guest() {
     let pid = Pid::from_raw(machine.pid("entropy")).unwrap();
     kill_process(pid, Signal::STOP).unwrap();
     let last = machine.console().matches("tick-").count();
-    std::thread::sleep(Duration::from_secs(3));
+    suite::wait_for("the successor", || (machine.pid("entropy") != pid.as_raw_nonzero().get()).then_some(()));
     assert!(machine.console().matches("tick-").count() > last, "the guest goes on");
-    kill_process(pid, Signal::CONT).unwrap();
 }
 
 /// Who leaves the console gets the terminal back, and the guest, whose console still has to be taken, powers off.

@@ -1,5 +1,6 @@
 //! The vhost-user protocol, message by message: every feature bit that is offered, and every state a ring can be in.
 
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -252,5 +253,32 @@ fn other_people_s_backend_is_driven() {
         device.memory().read(at, &mut bytes);
         assert!(bytes.iter().filter(|byte| **byte == 0).count() < 48, "random, not zeroes");
         device.session().stop().unwrap();
+    }
+}
+
+/// User-mode Linux does: without the acknowledgement it would wait for ever.
+#[test]
+fn the_request_that_negotiates_acknowledgements_is_acknowledged() {
+    let scratch = Scratch::new();
+    let server = Server::start("outboard-rng", &scratch, &[]);
+    let mut stream = UnixStream::connect(&server.socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let (set_protocol_features, version_1_with_reply): (u32, u32) = (16, 0x9);
+    let header = [set_protocol_features, version_1_with_reply, 8].map(u32::to_ne_bytes).concat();
+    stream.write_all(&[header, features::REPLY_ACK.to_ne_bytes().to_vec()].concat()).unwrap();
+    let mut answer = [0; 20];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, *[16_u32, 0x5, 8, 0, 0].map(u32::to_ne_bytes).concat(), "a reply, and the number 0");
+}
+
+/// That, too, is user-mode Linux, which cannot be interrupted by an event descriptor; it is served when it is trusted.
+#[test]
+fn a_socket_is_a_call_only_of_a_trusted_frontend() {
+    for (flags, expected) in [(&[][..], false), (&["--allow-unsealed-memory"], true)] {
+        let scratch = Scratch::new();
+        let server = Server::start("outboard-rng", &scratch, flags);
+        let frontend = greet(&server);
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        assert_eq!(frontend.set_ring_call(0, Some(theirs.as_fd())).is_ok(), expected);
     }
 }
