@@ -109,6 +109,7 @@ impl Worker {
                 "A request does not end; the process does, {} s after its queue was to stop",
                 self.1.as_secs()
             );
+            // Of a confined process it is the filter that ends it, at what Rust wants to tidy up first. It ends.
             std::process::exit(1)
         })
     }
