@@ -64,9 +64,9 @@ pub struct Janitor {
 }
 
 impl Janitor {
-    /// Starts one and waits until it is ready: only then may anything change that it would have to put back.
+    /// Starts one. It watches from here on; what it would have to put back may change once it is [`Janitor::ready`].
     pub fn start(dir: &RuntimeDir, terminal: Option<&Terminal>, background: bool) -> Result<Self> {
-        let (mut stream, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
+        let (stream, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
         let program = env::current_exe().context("Cannot find out where outboard itself is")?;
         let mut command = Command::new(program);
         command.arg("janitor").arg(dir.path());
@@ -78,9 +78,12 @@ impl Janitor {
             None => Stdio::inherit(),
         });
         let child = command.spawn().context("Cannot start the janitor")?;
-        let mut answer = [0];
-        stream.read_exact(&mut answer).context("The janitor did not start")?;
         Ok(Self { stream, child })
+    }
+
+    /// Waits until it has seen how the terminal is set.
+    pub fn ready(&mut self) -> Result<()> {
+        self.stream.read_exact(&mut [0]).context("The janitor did not start")
     }
 }
 

@@ -20,7 +20,7 @@ use crate::boot::{self, Entry};
 use crate::cpu::Shared;
 use crate::cpu::gate::Order;
 use crate::events::Ending;
-use crate::kernel::Images;
+use crate::kernel::{Images, Loaded};
 use crate::kvm::{Chips, Vm};
 use crate::machine::{Error, host};
 use crate::memory::Memory;
@@ -51,21 +51,21 @@ pub struct Board {
 }
 
 impl Board {
-    /// Fills guest memory with kernel, initrd, tables and boot information.
-    fn load(&self) -> Result<Entry, Error> {
-        let loaded = self.images.load(self.memory)?;
-        acpi::write(self.memory, &self.platform)?;
-        Ok(boot::prepare(self.memory, loaded, &self.cmdline)?)
-    }
-
     /// Everything but processors and backends back to power on.
     fn reset(&self) -> Result<Entry, Error> {
         self.pci.reset();
         self.power.reset();
         self.memory.discard()?;
         self.vm.restore(&self.chips)?;
-        self.load()
+        let loaded = self.images.load(self.memory)?;
+        describe(self.memory, &self.platform, loaded, &self.cmdline)
     }
+}
+
+/// Writes what the guest is told about itself: tables and boot information.
+pub fn describe(memory: &Memory, platform: &Platform, loaded: Loaded, cmdline: &str) -> Result<Entry, Error> {
+    acpi::write(memory, platform)?;
+    Ok(boot::prepare(memory, loaded, cmdline)?)
 }
 
 /// How the program ends.
@@ -137,9 +137,7 @@ impl Control {
     }
 
     fn serve(&mut self, stop: BorrowedFd<'_>) -> Result<Status, Error> {
-        let entry = self.board.load()?;
         self.shared.gate.gather(usize::from(self.board.platform.cpus));
-        self.order(Order::Enter(entry))?;
         for index in 0..self.remotes.len() {
             self.tell_change(index, Some(Change::Connected));
         }

@@ -146,7 +146,7 @@ impl Cpu {
     }
 
     /// The first processor begins in the kernel; the others wait until it calls them.
-    fn enter(&self, entry: &Entry) -> Result<(), Error> {
+    pub fn enter(&self, entry: &Entry) -> Result<(), Error> {
         if self.id != 0 {
             return Ok(());
         }
@@ -158,10 +158,8 @@ impl Cpu {
 
     fn obey(&self, order: &Order) -> Result<(), String> {
         let outcome = match order {
-            Order::Wait => Ok(()),
-            Order::Enter(entry) => self.enter(entry),
+            Order::Wait | Order::Run => Ok(()),
             Order::Reset(entry) => self.power_on.write(self.fd).and_then(|()| self.enter(entry)),
-            Order::Run => Ok(()),
         };
         outcome.map_err(|e| sentence(&e))
     }

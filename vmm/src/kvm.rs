@@ -142,17 +142,26 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Creates the machine around this memory. `memory` must live as long as the process: `machine` leaks nothing, but
-    /// ends by exiting.
-    pub fn new(kvm: &Kvm, memory: &'static Memory) -> Result<Self, Error> {
+    /// Creates a machine without memory, with nothing on its board.
+    pub fn new(kvm: &Kvm) -> Result<Self, Error> {
         let fd = kvm.create_vm().map_err(call("create a virtual machine"))?;
         let identity = KVM_PRIVATE.start;
         fd.set_identity_map_address(identity).map_err(call("place KVM's identity map"))?;
         let tss = usize::try_from(identity + 0x1000).unwrap_or(0);
         fd.set_tss_address(tss).map_err(call("place KVM's task state segment"))?;
-        fd.create_irq_chip().map_err(call("create the interrupt controllers"))?;
+        Ok(Self { fd, routes: Mutex::new(line_routes()) })
+    }
+
+    /// Interrupt controllers, timer and the lines between them. Before there are processors.
+    pub fn add_chips(&self) -> Result<(), Error> {
+        self.fd.create_irq_chip().map_err(call("create the interrupt controllers"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        fd.create_pit2(pit).map_err(call("create the timer"))?;
+        self.fd.create_pit2(pit).map_err(call("create the timer"))?;
+        self.set_routes(|_| {}).map_err(|source| Error::Call { doing: "route interrupt lines", source })
+    }
+
+    /// Gives the machine its memory, which must live as long as the process.
+    pub fn add_memory(&self, memory: &'static Memory) -> Result<(), Error> {
         for (slot, (span, host)) in memory.slots().into_iter().enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: u32::try_from(slot).unwrap_or(0),
@@ -164,11 +173,9 @@ impl Vm {
             // SAFETY: the range is exactly one mapping of `memory`, which is never unmapped, because the reference is
             // 'static. Nothing in this process holds a Rust reference into it: it is only reached through vm-memory's
             // volatile accessors, so a guest that changes it under us changes data, not Rust's assumptions.
-            unsafe { fd.set_user_memory_region(region) }.map_err(call("give the guest its memory"))?;
+            unsafe { self.fd.set_user_memory_region(region) }.map_err(call("give the guest its memory"))?;
         }
-        let vm = Self { fd, routes: Mutex::new(line_routes()) };
-        vm.set_routes(|_| {}).map_err(|source| Error::Call { doing: "route interrupt lines", source })?;
-        Ok(vm)
+        Ok(())
     }
 
     /// The VM descriptor, for creating processors.

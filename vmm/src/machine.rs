@@ -2,8 +2,9 @@
 //!
 //! 1. [`Opened::open`]: everything that has a path or was inherited is opened. Wrong files are told here, before anything
 //!    is started. Afterwards no path is needed again, not even for a reset.
-//! 2. [`Opened::build`]: guest memory, the KVM machine, the devices of the board, the processors ([`Cpu`], one thread
-//!    each, which the caller starts).
+//! 2. [`Opened::build`]: guest memory with the kernel in it, the KVM machine, the processors ([`Cpu`], one thread each,
+//!    which the caller starts). It reads files of the person who starts the machine, nothing of a guest or a backend, so
+//!    it comes before the process is confined.
 //! 3. [`Machine::start`], on the confined control thread: greets the backends, fills the PCI slots, and returns the
 //!    [`Control`] loop that lets the processors run.
 
@@ -12,6 +13,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
@@ -22,7 +24,7 @@ use crate::acpi::Platform;
 use crate::args::{Config, DeviceSpec, Reach, SerialSpec};
 use crate::bus::Bus;
 use crate::control::socket::ControlSocket;
-use crate::control::{Board, Control};
+use crate::control::{self, Board, Control};
 use crate::cpu::gate::Gate;
 use crate::cpu::{self, Cpu, Shared, cpuid};
 use crate::events::Doorbell;
@@ -88,6 +90,9 @@ pub(crate) fn host(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Host { doing, source }
 }
 
+/// Of threads that help at the start. They call nothing deep; the C library gives their stacks to processors later.
+const STACK: usize = 256 * 1024;
+
 /// Step 1: all descriptors, no machine yet.
 #[derive(Debug)]
 pub struct Opened {
@@ -118,25 +123,50 @@ impl Opened {
         Ok(Self { config, kvm, software_kvm, images, streams, serial, control })
     }
 
-    /// Step 2: memory, board and processors.
+    /// Step 2: memory with the kernel in it, board and processors.
+    ///
+    /// Three things that take milliseconds are done side by side: copying the kernel, which is work, and giving KVM
+    /// memory and chips, which is waiting for other processors to have seen the change. The threads for it have ended when
+    /// this returns, so that whoever confines the process still finds it with one.
     pub fn build(self) -> Result<(Machine, Vec<Cpu>, Arc<Shared>), Error> {
         kvm::install_kick_signal().map_err(host("install a signal handler"))?;
         // Lives as long as the process: KVM and the processors' threads refer to it until the very end.
         let memory: &'static Memory = Box::leak(Box::new(Memory::new(self.config.memory)?));
-        let vm = Arc::new(Vm::new(&self.kvm, memory)?);
+        let vm = Arc::new(Vm::new(&self.kvm)?);
         let supported = cpuid::supported(&self.kvm)?;
-        let cpus = processors(&self.kvm, &vm, &supported, self.config.cpus)?;
-        let doorbell = Arc::new(Doorbell::new().map_err(host("make an event descriptor"))?);
-        let shared = Arc::new(Shared { bus: OnceLock::new(), gate: Gate::default(), doorbell: Arc::clone(&doorbell) });
+        let (cpus, chips, loaded) = thread::scope(|scope| {
+            let loading = aside(scope, || self.images.load(memory))?;
+            let giving = aside(scope, || vm.add_memory(memory))?;
+            vm.add_chips()?;
+            let cpus = processors(&self.kvm, &vm, &supported, self.config.cpus)?;
+            let chips = vm.snapshot()?;
+            done(giving)??;
+            Ok::<_, Error>((cpus, chips, done(loading)??))
+        })?;
         let platform = Platform {
             cpus: self.config.cpus,
             mmio64: memory::mmio64(self.config.memory, cpuid::physical_bits(&supported)),
             serial: self.serial.is_some(),
         };
-        let chips = vm.snapshot()?;
+        let entry = control::describe(memory, &platform, loaded, &self.config.cmdline)?;
+        cpus.iter().try_for_each(|cpu| cpu.enter(&entry))?;
+        let doorbell = Arc::new(Doorbell::new().map_err(host("make an event descriptor"))?);
+        let shared = Arc::new(Shared { bus: OnceLock::new(), gate: Gate::default(), doorbell });
         let machine = Machine { opened: self, memory, vm, chips, platform, shared: Arc::clone(&shared) };
         Ok((machine, cpus, shared))
     }
+}
+
+/// Does a part of the work on another thread.
+fn aside<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>, Error> {
+    thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).map_err(host("start a thread"))
+}
+
+fn done<T>(part: ScopedJoinHandle<'_, T>) -> Result<T, Error> {
+    part.join().map_err(|_| Error::Broken("A part of the machine was not made: this is a bug".to_owned()))
 }
 
 /// Takes a descriptor over, for the purpose that is named.

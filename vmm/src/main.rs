@@ -13,8 +13,8 @@ fn main() -> ExitCode {
         let config = Config::try_from(startup.args())?;
         vmm::metrics::publish(startup.metrics()?, config.devices.len())?;
         let opened = Opened::open(config, |fd| startup.inherited(fd).map_err(io::Error::other))?;
-        let confined = startup.confine()?;
         let (machine, cpus, shared) = opened.build()?;
+        let confined = startup.confine()?;
         for cpu in cpus {
             let shared = Arc::clone(&shared);
             confined.spawn(PROCESSOR, cpu.thread_name(), move || cpu.run(&shared))?;

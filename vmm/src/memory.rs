@@ -15,13 +15,13 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use thiserror::Error;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// RAM below 4 GiB ends here at the latest; above it lies what every PC keeps there.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -119,6 +119,8 @@ pub fn mmio64(ram: u64, physical_bits: u8) -> Option<Span> {
 pub struct Memory {
     map: GuestMemoryMmap<()>,
     file: Arc<OwnedFd>,
+    /// The same memory with a cursor of its own: the one of `file` belongs to every process that was given it.
+    cursor: File,
     size: u64,
 }
 
@@ -129,6 +131,7 @@ impl Memory {
         let file = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(create)?;
         rustix::fs::ftruncate(&file, size).map_err(create)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(create)?;
+        let cursor = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(Error::Read)?;
 
         let map_error = |reason: String| Error::Map { size, reason };
         let shared = Arc::new(File::from(file.try_clone().map_err(|e| map_error(e.to_string()))?));
@@ -140,7 +143,7 @@ impl Memory {
             offset += range.size;
         }
         let map = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|e| map_error(e.to_string()))?;
-        Ok(Self { map, file: Arc::new(file), size })
+        Ok(Self { map, file: Arc::new(file), cursor, size })
     }
 
     /// Bytes of RAM.
@@ -182,18 +185,33 @@ impl Memory {
         self.map.read_slice(data, GuestAddress(addr)).map_err(|_| Error::Range { addr, len })
     }
 
-    /// Reads `len` bytes at `offset` of `file` straight into guest memory: the image is never held twice. Moves the
-    /// file's cursor, which is ours alone, because we opened it.
-    pub fn read_file(&self, addr: u64, mut file: &File, offset: u64, len: u64) -> Result<(), Error> {
-        let range = || Error::Range { addr, len };
-        file.seek(SeekFrom::Start(offset)).map_err(Error::Read)?;
-        let mut source = file.as_fd();
-        let len = usize::try_from(len).map_err(|_| range())?;
-        match self.map.read_exact_volatile_from(GuestAddress(addr), &mut source, len) {
-            Ok(()) => Ok(()),
-            Err(GuestMemoryError::IOError(e)) => Err(Error::Read(e)),
-            Err(_) => Err(range()),
+    /// Copies `len` bytes at `offset` of `file` to guest physical address `addr`, from one file to the other inside the
+    /// host's kernel. Through the mapping it takes twice as long: each page would fault, and be cleared before it is filled.
+    pub fn read_file(&self, addr: u64, file: &File, mut offset: u64, len: u64) -> Result<(), Error> {
+        let to = self.place(addr, len).ok_or(Error::Range { addr, len })?;
+        (&self.cursor).seek(SeekFrom::Start(to)).map_err(Error::Read)?;
+        let mut left = usize::try_from(len).map_err(|_| Error::Range { addr, len })?;
+        while left > 0 {
+            match rustix::fs::sendfile(&self.cursor, file, Some(&mut offset), left) {
+                Ok(0) => return Err(Error::Read(io::ErrorKind::UnexpectedEof.into())),
+                Ok(done) => left = left.saturating_sub(done),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(Error::Read(e.into())),
+            }
         }
+        Ok(())
+    }
+
+    /// Where in the memfd a range lies that is RAM from its beginning to its end.
+    fn place(&self, addr: u64, len: u64) -> Option<u64> {
+        let mut before = 0u64;
+        for range in ram_ranges(self.size) {
+            if let Some(inside) = range.offset_of(addr) {
+                return (len <= range.size - inside).then(|| before + inside);
+            }
+            before += range.size;
+        }
+        None
     }
 
     /// Gives every page back to the host. The guest reads zeroes afterwards.
@@ -234,6 +252,30 @@ mod tests {
         assert_eq!(window.start, 6 * GIB);
         assert!(mmio64(512 << 20, 32).is_none());
         assert!(mmio64(512 << 20, 36).unwrap().end() <= 1 << 36);
+    }
+
+    #[test]
+    fn a_file_lands_where_it_is_to_be_and_nowhere_else() {
+        let path = std::env::temp_dir().join(format!("outboard-memory-{}", std::process::id()));
+        std::fs::write(&path, [1, 2, 3, 4, 5]).unwrap();
+        let file = File::open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        let memory = Memory::new(1 << 20).unwrap();
+        memory.read_file(0x1fff, &file, 1, 3).unwrap();
+        let mut back = [9; 5];
+        memory.read(0x1ffe, &mut back).unwrap();
+        assert_eq!(back, [0, 2, 3, 4, 0]);
+        assert!(matches!(memory.read_file(0, &file, 3, 3), Err(Error::Read(_))));
+        assert!(matches!(memory.read_file((1 << 20) - 2, &file, 0, 3), Err(Error::Range { .. })));
+        assert!(matches!(memory.read_file(1 << 20, &file, 0, 1), Err(Error::Range { .. })));
+    }
+
+    #[test]
+    fn what_lies_above_the_hole_follows_in_the_file_what_lies_below_it() {
+        let memory = Memory::new(LOW_RAM_END + GIB).unwrap();
+        assert_eq!(memory.place(HIGH_RAM_START, GIB), Some(LOW_RAM_END));
+        assert_eq!(memory.place(LOW_RAM_END - 1, 2), None);
+        assert_eq!(memory.place(HIGH_RAM_START, GIB + 1), None);
     }
 
     #[test]

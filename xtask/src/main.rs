@@ -45,7 +45,11 @@ enum Task {
     Test(test::Args),
     /// What continuous integration runs: formatting, clippy, every test
     Ci,
-    /// Compare our disk server with QEMU's, in one run
+    /// Measure speed and size as ratios to other programs of the same kind, in one run
+    ///
+    /// Each row is measured in turns, ours and the peer's, and shows both medians, their ratio, the spread (p10 to p90), the
+    /// peer with its version, and whether the project's target is reached. Needs a quiet machine to be worth keeping; some rows
+    /// need root, and say so without it.
     Bench(bench::Args),
     /// Fuzz everything that reads an attacker's bytes, and keep what was found
     Fuzz(fuzz::Args),

@@ -91,14 +91,17 @@ pub fn run(args: &Run) -> Result<u8> {
     // From here on every end must leave nothing behind; these are dropped in the opposite order.
     let signals = Signals::new()?;
     let dir = RuntimeDir::create(&runtime::base()?, &machine.name)?;
+    // First of all, because clients wait for it: who connects now is answered when the machine is there.
+    let control = Server::new(&dir.path().join(runtime::CONTROL))?;
     machine.attach(&dir.path().join(runtime::CONSOLE));
     let terminal = Terminal::remember(stdin());
-    let janitor = Janitor::start(&dir, terminal.as_ref(), args.background)?;
-    let control = Server::new(&dir.path().join(runtime::CONTROL))?;
+    let mut janitor = Janitor::start(&dir, terminal.as_ref(), args.background)?;
     notices::keep(Journal::new(dir.path().join(runtime::LOG), LOG_LIMIT)?);
     let events = Journal::new(dir.path().join(runtime::EVENTS), EVENTS_LIMIT)?;
     let metrics = metrics::server::Server::new(&dir.path().join(runtime::METRICS))?;
     let net = NetNamespace::new().context("Cannot make the machine's network namespace")?;
+    // It took its time beside ours. Nothing has touched the terminal yet.
+    janitor.ready()?;
     give_up()?;
     let parts = Parts { programs, net, signals, control, metrics, events };
     let end = supervise(&machine, parts, args);

@@ -38,6 +38,9 @@ pub enum Verb {
         /// How many in one request
         #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
         request: u32,
+        /// Show how long requests took instead of the bytes, for machines
+        #[arg(long)]
+        json: bool,
         /// How rings are made
         #[command(flatten)]
         rings: Rings,

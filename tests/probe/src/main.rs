@@ -39,9 +39,14 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<bool> {
     match verb {
         Verb::Info { socket, json } => info(&socket, json),
-        Verb::Rng { socket, bytes, request, rings } => {
-            let got = rng::fetch(connect(&socket)?, bytes, request, rings.shape(1, request))?;
-            out(&got)
+        Verb::Rng { socket, bytes, request, json, rings } => {
+            let fetched = rng::fetch(connect(&socket)?, bytes, request, rings.shape(1, request))?;
+            if !json {
+                return out(&fetched.bytes);
+            }
+            let [p50, p99] = [50, 99].map(|percent| fetched.took(percent).as_nanos());
+            println!("{}", json!({"requests": fetched.times.len(), "p50_ns": p50, "p99_ns": p99}));
+            Ok(true)
         }
         Verb::Blk(Blk::Info { socket, json }) => disk_info(&socket, json),
         Verb::Blk(Blk::Read { socket, offset, length, rings }) => read(&socket, offset, length, rings),

@@ -19,8 +19,6 @@ const KICK_AGAIN: Duration = Duration::from_millis(20);
 pub enum Order {
     /// Stay out of the guest.
     Wait,
-    /// Power on: set the registers of the entry.
-    Enter(Entry),
     /// Back to power-on state, then the registers of the entry.
     Reset(Entry),
     /// Run the guest.

@@ -35,7 +35,7 @@ fn random_bytes_are_random_with_every_ring() {
     let server = Server::start("outboard-rng", &scratch, &[]);
     let mut seen = BTreeSet::new();
     for shape in shapes(1) {
-        let bytes = rng::fetch(UnixStream::connect(&server.socket).unwrap(), 4096, 1000, shape).unwrap();
+        let bytes = rng::fetch(UnixStream::connect(&server.socket).unwrap(), 4096, 1000, shape).unwrap().bytes;
         let values: BTreeSet<u8> = bytes.iter().copied().collect();
         assert!(values.len() > 200, "4096 random bytes have nearly all values");
         assert!(seen.insert(bytes), "never twice the same");
@@ -47,7 +47,7 @@ fn a_share_of_randomness_is_kept_without_sleeping_on_a_request() {
     let scratch = Scratch::new();
     let server = Server::start("outboard-rng", &scratch, &["--max-bytes", "1000", "--period", "200"]);
     let start = Instant::now();
-    let bytes = rng::fetch(UnixStream::connect(&server.socket).unwrap(), 5000, 64, Shape::default()).unwrap();
+    let bytes = rng::fetch(UnixStream::connect(&server.socket).unwrap(), 5000, 64, Shape::default()).unwrap().bytes;
     assert_eq!(bytes.len(), 5000);
     let periods = start.elapsed().as_millis() / 200;
     assert!((3..100).contains(&periods), "5000 bytes take four refills of 1000, not {periods}");

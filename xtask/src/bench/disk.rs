@@ -1,0 +1,87 @@
+//! Disk servers driven in turns by the same program: requests in a second, and what each costs the server's processor.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::Bench;
+use super::process::Running;
+use super::table::Row;
+use crate::{debian, say};
+
+const SECONDS: &str = "0.7";
+
+/// What one run gives: requests in a second, microseconds of processor for one.
+struct Measured {
+    rate: f64,
+    cost: f64,
+}
+
+/// The group.
+pub(crate) fn rows(bench: &Bench) -> Result<Vec<Row>> {
+    let image = bench.filled_disk()?;
+    let mut rows = Vec::new();
+    for load in ["randread", "randwrite"] {
+        for block in ["4096", "65536"] {
+            for depth in ["1", "32"] {
+                rows.extend(pair(bench, &image, [load, block, depth])?);
+            }
+        }
+    }
+    Ok(rows)
+}
+
+fn pair(bench: &Bench, image: &Path, load: [&str; 3]) -> Result<Vec<Row>> {
+    let (mut rates, mut costs, mut direct) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()], Vec::new());
+    for _ in 0..bench.rounds(3) {
+        let mut command = Command::new(bench.program("outboard-blk"));
+        command.arg("--blk-file").arg(image).args(["--format", "raw", "--socket-path"]);
+        for (side, command) in [command, theirs(bench, image, "")].into_iter().enumerate() {
+            let Measured { rate, cost } = measure(bench, command, side == 1, load)?;
+            rates[side].push(rate);
+            costs[side].push(cost);
+        }
+        direct.push(measure(bench, theirs(bench, image, ",cache.direct=on"), true, load)?.rate / 1000.0);
+    }
+    let [load, block, depth] = load;
+    let name = format!("{load} {} KiB, depth {depth}", block.parse::<u32>().unwrap_or_default() / 1024);
+    let peer = bench.version("qemu-storage-daemon", "");
+    let [ours, theirs] = rates.map(|rates| rates.into_iter().map(|rate| rate / 1000.0).collect());
+    let [our_cost, their_cost] = costs;
+    let mut with_direct =
+        Row::new(format!("{name}, O_DIRECT"), "1000/s", format!("{peer} cache.direct=on")).of(Vec::new(), direct);
+    with_direct.note = Some("ours does not offer O_DIRECT yet".to_owned());
+    Ok(vec![
+        Row::new(name.clone(), "1000/s", peer.clone()).of(ours, theirs),
+        Row::new(format!("{name}, CPU"), "us/request", peer).of(our_cost, their_cost),
+        with_direct,
+    ])
+}
+
+/// The export's address is still to be added.
+fn theirs(bench: &Bench, image: &Path, cache: &str) -> Command {
+    let mut command = debian::program(&bench.qemu, "usr/bin/qemu-storage-daemon");
+    command.arg("--blockdev").arg(format!("driver=file,node-name=disk,filename={}{cache}", image.display())).arg("--export");
+    command
+}
+
+fn measure(bench: &Bench, mut server: Command, theirs: bool, [load, block, depth]: [&str; 3]) -> Result<Measured> {
+    let socket = bench.socket();
+    if theirs {
+        let address = socket.display();
+        server.arg(format!("type=vhost-user-blk,id=e,node-name=disk,writable=on,addr.type=unix,addr.path={address}"));
+    } else {
+        server.arg(&socket);
+    }
+    let server = Running::listening(server, &socket)?;
+    let before = server.busy();
+    let mut probe = Command::new(bench.program("outboard-probe"));
+    probe.args(["blk", "bench", "--json", "--seconds", SECONDS, "--load", load, "--block-size", block, "--depth", depth]);
+    let answer: serde_json::Value =
+        serde_json::from_slice(&say::quietly(probe.arg(&socket))?).context("The probe gave no JSON")?;
+    let spent = server.busy() - before;
+    let requests = answer["requests"].as_f64().context("The probe gave no requests")?;
+    let rate = answer["requests_per_second"].as_f64().context("The probe gave no requests_per_second")?;
+    Ok(Measured { rate, cost: spent * 1e6 / requests.max(1.0) })
+}
