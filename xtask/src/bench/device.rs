@@ -1,13 +1,16 @@
 //! One device process: how long it takes to be confined and answer, and how long one small request takes.
 
+use std::ffi::OsString;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+use sandbox::{NetNamespace, Spawn};
 
 use super::Bench;
 use super::process::Running;
@@ -25,13 +28,16 @@ const REQUESTS: &str = "20000";
 
 /// How long confinement takes.
 pub(crate) fn confinement(bench: &Bench) -> Result<Vec<Row>> {
-    let (mut whole, mut alone, mut unshared) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut whole, mut alone, mut composed, mut unshared) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let machine = NetNamespace::new()?;
     let unshare = host::command("unshare");
     for _ in 0..bench.rounds(30) {
         thread::sleep(CLEANUP);
         let answered = first_answer(bench)?;
         whole.push(answered);
-        alone.push(answered - to_the_end(Command::new(bench.program("outboard-rng")).arg("--version"))?);
+        let plain = to_the_end(Command::new(bench.program("outboard-rng")).arg("--version"))?;
+        alone.push(answered - plain);
+        composed.push(first_answer_in(bench, &machine)? - plain);
         thread::sleep(CLEANUP);
         let mut around = Command::new(unshare.get_program());
         around.args(["--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--"]);
@@ -40,8 +46,14 @@ pub(crate) fn confinement(bench: &Bench) -> Result<Vec<Row>> {
     let peer = "util-linux unshare: the same namespaces and no more, around outboard-peer-rng --version";
     Ok(vec![
         Row::new("outboard-rng, exec to first answer", "ms", peer).of(whole, unshared),
-        Row::new("of that, confinement", "ms", "none: exec to first answer, minus exec to the end of --version")
-            .of(alone, Vec::new())
+        Row::new(
+            "of that, confinement and a second exec",
+            "ms",
+            "none: exec to first answer, minus exec to the end of --version",
+        )
+        .of(alone, Vec::new()),
+        Row::new("confinement, as a machine starts it", "ms", "none: clone to first answer, minus exec to the end of --version")
+            .of(composed, Vec::new())
             .target(Target::Median(3.0)),
     ])
 }
@@ -60,6 +72,31 @@ fn first_answer(bench: &Bench) -> Result<f64> {
     ours.write_all(&GET_FEATURES)?;
     ours.read_exact(&mut [0; ANSWER]).context("outboard-rng did not answer")?;
     Ok(began.elapsed().as_secs_f64() * 1000.0)
+}
+
+/// The same for a process that is started as in a machine: at once in its namespaces, of which the network's is there already.
+fn first_answer_in(bench: &Bench, machine: &NetNamespace) -> Result<f64> {
+    const SOCKET: i32 = 3;
+    let (mut ours, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
+    ours.set_read_timeout(Some(LIMIT))?;
+    let began = Instant::now();
+    let child = sandbox::spawn(&Spawn {
+        program: &bench.program("outboard-rng"),
+        args: ["--fd", "3"].map(OsString::from).to_vec(),
+        fds: vec![(theirs.as_fd(), SOCKET)],
+        stdin: None,
+        stdout: None,
+        stderr: None,
+        net: Some(machine),
+    })?;
+    drop(theirs);
+    ours.write_all(&GET_FEATURES)?;
+    ours.read_exact(&mut [0; ANSWER]).context("outboard-rng did not answer")?;
+    let took = began.elapsed().as_secs_f64() * 1000.0;
+    // It ends with its connection.
+    drop(ours);
+    waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED).context("Cannot wait for outboard-rng")?;
+    Ok(took)
 }
 
 fn to_the_end(command: &mut Command) -> Result<f64> {
