@@ -65,7 +65,7 @@ fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
     })
 }
 
-/// A policy, for machines: `docs/sandbox.md` is made from it, and `outboard doctor` shows it.
+/// A policy, for machines. The table in `docs/sandbox.md` is made from it.
 fn describe(policy: &Policy) -> serde_json::Value {
     let condition = |when: &When| match *when {
         When::Is(argument, value) => format!("argument {argument} is {value:#x}"),

@@ -204,12 +204,9 @@ fn random(foe: &mut Foe) -> Result<Seen> {
         (0..random.below(u64::from(SIZE))).for_each(|head| foe.guest.offer(u16::try_from(head).unwrap_or(0)));
         foe.ring();
         std::thread::sleep(Duration::from_millis(1));
-        if let seen @ (Seen::Closed | Seen::Waits) = foe.stop() {
+        if let Some(seen) = foe.begin_again()? {
             return Ok(seen);
         }
-        foe.guest.rewind();
-        foe.place_ring()?;
-        foe.run()?;
     }
     foe.ring_outcome()
 }

@@ -234,6 +234,17 @@ impl Foe {
         self.ask(GET_VRING_BASE, &pair(self.target.queue, 0)).map_or_else(|seen| seen, |_| Seen::Taken)
     }
 
+    /// Stops the ring and starts it again, empty. `Some`: the backend did not go along with the stop.
+    pub(super) fn begin_again(&mut self) -> Result<Option<Seen>> {
+        if let seen @ (Seen::Closed | Seen::Waits) = self.stop() {
+            return Ok(Some(seen));
+        }
+        self.guest.rewind();
+        self.place_ring()?;
+        self.run()?;
+        Ok(None)
+    }
+
     /// Tells the backend to look at the ring.
     pub(super) fn ring(&self) {
         let _already_signalled = rustix::io::write(&self.kick, &1u64.to_ne_bytes());

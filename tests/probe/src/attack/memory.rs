@@ -227,6 +227,11 @@ fn lying_region(foe: &mut Foe, fd: BorrowedFd<'_>, size: u64, then: impl FnOnce(
 fn as_memory(foe: &mut Foe, fd: BorrowedFd<'_>) -> Result<Seen> {
     foe.greet()?;
     let seen = foe.tell(SET_MEM_TABLE, &table(&[[BASE, HALF, USER[0], 0]]), &[fd])?;
+    use_ring(foe, seen)
+}
+
+/// Starts a ring in the memory that was announced, if it was taken.
+fn use_ring(foe: &mut Foe, seen: Seen) -> Result<Seen> {
     if seen != Seen::Taken {
         return Ok(seen);
     }
@@ -242,13 +247,7 @@ fn regions(foe: &mut Foe, list: &[[u64; 4]]) -> Result<Seen> {
     let fds: Vec<BorrowedFd<'_>> = list.iter().map(|_| foe.guest.fd.as_fd()).collect();
     let seen = foe.tell(SET_MEM_TABLE, &table(list), &fds)?;
     drop(fds);
-    if seen != Seen::Taken {
-        return Ok(seen);
-    }
-    foe.place_ring()?;
-    foe.run()?;
-    foe.ring();
-    worst([Ok(foe.still_answers()), Ok(foe.stop())])
+    use_ring(foe, seen)
 }
 
 fn file(path: &str, flags: OFlags) -> Result<OwnedFd> {

@@ -212,12 +212,9 @@ pub(super) const CASES: &[Case] = &[
         foe.start()?;
         for _ in 0..100 {
             load(foe);
-            if let seen @ (Seen::Closed | Seen::Waits) = foe.stop() {
+            if let Some(seen) = foe.begin_again()? {
                 return Ok(seen);
             }
-            foe.guest.rewind();
-            foe.place_ring()?;
-            foe.run()?;
         }
         foe.ring_outcome()
     }),
