@@ -411,6 +411,16 @@ pub type Row = (&'static str, &'static str, &'static [(Layer, &'static str)]);
 /// Layers without which a process refuses to start: it looks for the one, and the next step needs the other.
 pub const NEEDED_TO_START: [Layer; 2] = [Layer::Pids, Layer::NoNewPrivileges];
 
+/// Whether the kernel has every layer of [`MATRIX`]; says so if not. Where it lacks one, the tasks lower the sandbox's floor, and other
+/// layers answer.
+pub fn has_all_layers() -> bool {
+    let lower = std::env::var_os("OUTBOARD_SANDBOX_FLOOR");
+    if let Some(floor) = &lower {
+        println!("With the floor {} some layers are not there: only the filter is tried here.", floor.display());
+    }
+    lower.is_none()
+}
+
 /// Tries everything from every thread, each time in a new process, under the filter it has for users.
 ///
 /// # Panics
