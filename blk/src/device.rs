@@ -5,7 +5,7 @@ use std::io;
 use anyhow::{Context, Result};
 use daemon::Confined;
 use virtio::device::{Device, Identity, read_config};
-use virtio::worker::{Attempt, Serve, Worker, Workers, run};
+use virtio::worker::{Attempt, Serve, Served, Worker, Workers, run};
 use virtio::{Chain, Queue, QueueState, feature};
 
 use crate::args::Config;
@@ -180,8 +180,8 @@ impl Disk {
 }
 
 impl Serve for Disk {
-    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> u32 {
-        self.answer(chain, |request| self.carry_out(request))
+    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> Served {
+        Served::Done(self.answer(chain, |request| self.carry_out(request)))
     }
 
     fn refuse(&mut self, _index: u16, chain: &Chain) -> u32 {

@@ -15,6 +15,7 @@ mod ci;
 mod cpio;
 mod debian;
 mod demo;
+mod disktools;
 mod fuzz;
 mod guest;
 mod host;

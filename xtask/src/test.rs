@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::Kvm;
-use crate::{build, cache, guest, host, nested, say, uml, virtiofsd};
+use crate::{build, cache, disktools, guest, host, nested, say, uml, virtiofsd};
 
 /// Set everything up and run every test.
 #[derive(Debug, clap::Args)]
@@ -108,6 +108,7 @@ fn announce(kvm: &Kvm) -> Result<()> {
 /// Some of them have QEMU boot the guest from our devices; they are told where both are.
 fn workspace(programs: &Path, images: &Path) -> Result<()> {
     let qemu = nested::qemu()?;
+    let disktools = disktools::prepare()?;
     let floor = host::floor();
     let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
@@ -128,7 +129,12 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
         }
     }
     for mut command in commands {
-        command.env("OUTBOARD_BIN", programs).env("OUTBOARD_QEMU", &qemu).env("OUTBOARD_GUEST", images).envs(floor.clone());
+        command
+            .env("OUTBOARD_BIN", programs)
+            .env("OUTBOARD_QEMU", &qemu)
+            .env("OUTBOARD_GUEST", images)
+            .env("OUTBOARD_DISKTOOLS", &disktools)
+            .envs(floor.clone());
         say::openly(&mut command)?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use anyhow::Result;
 use daemon::{Confined, Stopper};
 use rustix::event::PollFlags;
 use virtio::device::{Device, Host, Identity, read_config};
-use virtio::worker::{Attempt, SOURCES, Serve, Slots, Source, Worker, Workers, run};
+use virtio::worker::{Attempt, SOURCES, Serve, Served, Slots, Source, Worker, Workers, run};
 use virtio::{Chain, Queue, QueueState, feature};
 
 use crate::metrics;
@@ -175,12 +175,12 @@ impl Relay {
 }
 
 impl Serve for Relay {
-    fn serve(&mut self, index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> u32 {
+    fn serve(&mut self, index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> Served {
         if index == RECEIVE {
-            return self.deliver(chain);
+            return Served::Done(self.deliver(chain));
         }
         self.show(chain, attempt);
-        0
+        Served::Done(0)
     }
 
     fn can_serve(&mut self, index: u16) -> bool {

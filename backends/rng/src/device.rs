@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use daemon::Confined;
 use virtio::device::{Device, Identity};
-use virtio::worker::{Attempt, Serve, Slots, Worker, Workers, run};
+use virtio::worker::{Attempt, Serve, Served, Slots, Worker, Workers, run};
 use virtio::{Chain, Queue, QueueState, feature};
 
 use crate::args::Config;
@@ -88,8 +88,8 @@ impl Filler {
 }
 
 impl Serve for Filler {
-    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> u32 {
-        self.fill(chain)
+    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> Served {
+        Served::Done(self.fill(chain))
     }
 
     fn can_serve(&mut self, _index: u16) -> bool {

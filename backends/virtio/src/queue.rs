@@ -228,6 +228,11 @@ impl Queue {
         self.size
     }
 
+    /// The memory of its guest.
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
     /// A chain to pop into, to be kept and reused.
     pub fn chain(&self) -> Chain {
         Chain::new(Arc::clone(&self.memory), self.size)

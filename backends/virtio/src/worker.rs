@@ -18,12 +18,13 @@ use rustix::io::Errno;
 
 use crate::chain::Chain;
 use crate::queue::{Queue, QueueState, Token};
-use crate::{inflight, metrics};
 
 mod mailbox;
+mod slot;
 
 use mailbox::{Closed, Command};
 pub use mailbox::{Mailbox, Worker};
+pub use slot::{HELD, Served, Slot, Ticket};
 
 /// Descriptors that one kick is worth. Enough for a full ring of requests of usual size; a hostile chain as long as its ring
 /// uses it up alone.
@@ -43,13 +44,16 @@ pub type Source<'a> = (BorrowedFd<'a>, PollFlags);
 
 /// What a device does with its queues.
 pub trait Serve: Send {
-    /// Does one request of queue `index` and gives the number of bytes written into its chain.
-    fn serve(&mut self, index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> u32;
+    /// Does one request of queue `index`, or begins it.
+    fn serve(&mut self, index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> Served;
 
     /// Answers a request with an error, without looking further into it than that takes.
     fn refuse(&mut self, _index: u16, _chain: &Chain) -> u32 {
         0
     }
+
+    /// A batch has been taken: hand on what was begun and only collected, finish what is finished ([`Slot::finish`]).
+    fn settle(&mut self, _slot: &mut Slot) {}
 
     /// Whether a request of queue `index` could be served now. What is not taken stays in the ring; the device comes back when it
     /// can, by [`Serve::timeout`] or [`Serve::ready`].
@@ -62,7 +66,7 @@ pub trait Serve: Send {
         [None; SOURCES]
     }
 
-    /// Source `which` is ready.
+    /// Source `which` is ready. A queue of which something was finished is looked at after that.
     fn ready(&mut self, _which: usize, _events: PollFlags, _slots: &mut Slots) {}
 
     /// How long to wait at most. After it every queue counts as kicked.
@@ -70,7 +74,7 @@ pub trait Serve: Send {
         None
     }
 
-    /// Queue `index` is about to be given back: finish what is in flight.
+    /// Queue `index` is about to be given back: finish what is in hand ([`Slot::in_hand`]), and wait for it.
     fn stopping(&mut self, _index: u16, _slots: &mut Slots) {}
 }
 
@@ -102,70 +106,20 @@ impl Workers {
     }
 }
 
-/// A queue a worker holds, and the chain its requests are popped into.
-#[derive(Debug)]
-pub struct Slot {
-    /// The queue.
-    pub queue: Queue,
-    /// Reused from request to request.
-    pub chain: Chain,
-    pending: bool,
-}
-
-impl Slot {
-    /// Serves what is available, chain by chain, until the ring is empty or the budget is used up, and shows the results in one
-    /// go. `true`: there is more.
-    ///
-    /// What a predecessor has left is shown one by one: should one of these requests be what ended it, then the others are not
-    /// counted as if they were.
-    pub fn drain(&mut self, server: &mut (impl Serve + ?Sized)) -> bool {
-        let index = self.queue.index();
-        let mut left = BUDGET;
-        loop {
-            self.queue.disarm();
-            while left > 0 && server.can_serve(index) {
-                let Some(token) = self.queue.pop(&mut self.chain) else { break };
-                let replayed = token.is_replayed();
-                let written = if token.is_condemned() {
-                    condemn(&token, index);
-                    server.refuse(index, &self.chain)
-                } else {
-                    server.serve(index, &self.chain, &mut Attempt { queue: &mut self.queue, token: &token })
-                };
-                self.queue.complete(token, written);
-                if replayed {
-                    self.queue.publish();
-                }
-                left = left.saturating_sub(self.chain.descriptors().into());
-            }
-            self.queue.publish();
-            // What could not be served must not keep the thread awake.
-            let more = self.queue.arm();
-            if left == 0 || !more || !server.can_serve(index) {
-                return more && server.can_serve(index);
-            }
-        }
-    }
-}
-
-fn condemn(token: &Token, index: u16) {
-    metrics::CONDEMNED.add(index.into(), 1);
-    tracing::error!(
-        queue = index,
-        head = token.head(),
-        "A request has ended {} processes that served it: it is answered with an error",
-        inflight::CONDEMNED
-    );
-}
-
 /// A request that is being served.
 #[derive(Debug)]
 pub struct Attempt<'a> {
     queue: &'a mut Queue,
     token: &'a Token,
+    ticket: Ticket,
 }
 
 impl Attempt<'_> {
+    /// What the request is finished with, should the answer be [`Served::Later`].
+    pub fn ticket(&self) -> Ticket {
+        self.ticket
+    }
+
     /// What a predecessor noted with it before it died; `None` if none has begun it.
     pub fn noted(&self) -> Option<u32> {
         self.token.note()
@@ -196,9 +150,7 @@ impl Slots {
 
     fn put(&mut self, queue: Queue) {
         if let Some(free) = self.slots.iter_mut().find(|slot| slot.is_none()) {
-            let chain = queue.chain();
-            // A kick may have been left out while nobody listened: look once.
-            *free = Some(Slot { queue, chain, pending: true });
+            *free = Some(Slot::new(queue));
         }
     }
 
@@ -234,7 +186,8 @@ pub fn run(mut server: impl Serve, mailbox: Mailbox) {
             slot.pending |= kicked || woken.late;
         }
         for slot in slots.slots.iter_mut().flatten().filter(|slot| slot.pending) {
-            slot.pending = slot.drain(&mut server);
+            let more = slot.drain(&mut server);
+            slot.pending |= more;
         }
     }
 }

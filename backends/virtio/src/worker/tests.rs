@@ -13,9 +13,9 @@ use crate::queue::Config;
 struct Echo(Arc<AtomicU32>);
 
 impl Serve for Echo {
-    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> u32 {
+    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> Served {
         self.0.fetch_add(1, Ordering::SeqCst);
-        u32::try_from(chain.writable().copy_from(b"done")).unwrap()
+        Served::Done(u32::try_from(chain.writable().copy_from(b"done")).unwrap())
     }
 }
 
