@@ -17,6 +17,17 @@ pub enum Format {
     Raw,
 }
 
+/// Who waits for the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineKind {
+    /// io_uring where the host has it, threads elsewhere
+    Auto,
+    /// One io_uring for each queue
+    IoUring,
+    /// A few threads
+    Threads,
+}
+
 /// Serves a disk image or block device to a virtual machine (virtio-blk over vhost-user).
 #[derive(Debug, Parser)]
 #[command(
@@ -36,6 +47,12 @@ pub struct Args {
     /// The guest cannot write
     #[arg(long)]
     pub read_only: bool,
+    /// Read and write past the host's page cache (O_DIRECT)
+    #[arg(long)]
+    pub direct: bool,
+    /// Who waits for the disk
+    #[arg(long, value_enum, value_name = "ENGINE", default_value = "auto")]
+    pub engine: EngineKind,
     /// Queues, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub num_queues: u16,
@@ -74,6 +91,10 @@ pub struct Config {
     pub format: Format,
     /// It is only read.
     pub read_only: bool,
+    /// It is used past the page cache.
+    pub direct: bool,
+    /// Who waits for the disk.
+    pub engine: EngineKind,
     /// Queues.
     pub queues: u16,
     /// The serial number, filled up with zeroes.
@@ -86,6 +107,14 @@ impl From<&Args> for Config {
         for (place, byte) in serial.iter_mut().zip(args.serial.bytes()) {
             *place = byte;
         }
-        Config { path: args.blk_file.clone(), format: args.format, read_only: args.read_only, queues: args.num_queues, serial }
+        Config {
+            path: args.blk_file.clone(),
+            format: args.format,
+            read_only: args.read_only,
+            direct: args.direct,
+            engine: args.engine,
+            queues: args.num_queues,
+            serial,
+        }
     }
 }

@@ -1,18 +1,25 @@
 //! The device: its configuration, and a thread for each queue.
 
 use std::io;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use daemon::Confined;
-use virtio::device::{Device, Identity, read_config};
-use virtio::worker::{Attempt, Serve, Served, Worker, Workers, run};
-use virtio::{Chain, Queue, QueueState, feature};
+use virtio::device::{Device, Identity, ReadOnly, read_config};
+use virtio::worker::{Worker, Workers, run};
+use virtio::{Queue, QueueState, feature};
 
-use crate::args::Config;
+use crate::args::{Config, EngineKind};
+use crate::engine::Engine;
+use crate::engine::pool::{self, Jobs, Pool};
+use crate::engine::uring::Uring;
 use crate::image::Image;
-use crate::metrics;
-use crate::request::{Limits, MAX_RANGE_SECTORS, MAX_RANGES, Request, SECTOR, SERIAL, Status};
-use crate::sandbox::THREAD;
+use crate::queue::DiskQueue;
+use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
+use crate::sandbox::{POOL, THREAD};
+use crate::shared::Shared;
+use crate::topology;
+use crate::volume::Volume;
 
 /// The virtio device id of a disk.
 const ID: u32 = 2;
@@ -24,59 +31,94 @@ const QUEUE_SIZE: u16 = 1024;
 /// smaller rings than the largest.
 const SEG_MAX: u32 = 126;
 
-/// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of write-zeroes.
-const CONFIG: usize = 60;
-const CONFIG_LEN: u32 = 60;
+/// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of secure erase.
+const CONFIG: usize = 72;
+const CONFIG_LEN: u32 = 72;
+
+/// The one byte of it that is the driver's.
+const WRITEBACK: usize = 32;
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_CONFIG_WCE: u64 = 1 << 11;
 const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
+const F_LIFETIME: u64 = 1 << 15;
+const F_SECURE_ERASE: u64 = 1 << 16;
 
 /// A virtio-blk device.
 #[derive(Debug)]
 pub struct Blk {
     workers: Workers,
+    shared: Arc<Shared>,
     config: [u8; CONFIG],
     queues: u16,
-    read_only: bool,
+    negotiated: u64,
 }
 
 impl Blk {
-    /// Starts a thread for each queue.
+    /// Starts a thread for each queue, and the threads that wait for the disk if there is no io_uring.
     ///
     /// # Errors
     /// When one cannot be started.
-    pub fn new(image: Image, config: &Config, confined: &Confined) -> Result<Blk> {
-        let limits = Limits { bytes: image.bytes(), read_only: image.read_only() };
+    pub fn new(image: Image, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
+        let shared = Arc::new(Shared::new(image.bytes(), config.serial, image.direct(), image.abilities()));
+        let image = Arc::new(image);
         let mut workers = Vec::new();
-        for index in 0..config.queues {
+        for (index, prepare) in engines.start(config.queues, confined)?.into_iter().enumerate() {
             let (worker, mailbox) = Worker::new()?;
-            let disk = Disk { image: image.share().context("Cannot share the image")?, limits, serial: config.serial };
-            confined.spawn(THREAD, format!("queue{index}"), move || run(disk, mailbox))?;
+            let volume = Volume::new(Arc::clone(&image));
+            let shared = Arc::clone(&shared);
+            confined.spawn_prepared(THREAD, format!("queue{index}"), prepare, move |engine| match engine {
+                Ok(engine) => run(DiskQueue::new(volume, engine, shared), mailbox),
+                Err(error) => tracing::error!("A queue cannot be served: {error}"),
+            })?;
             workers.push(worker);
         }
-        Ok(Blk {
-            workers: Workers::new(workers),
-            config: space(&image, config.queues),
-            queues: config.queues,
-            read_only: limits.read_only,
-        })
+        let space = space(&image, config.queues);
+        Ok(Blk { workers: Workers::new(workers), shared, config: space, queues: config.queues, negotiated: 0 })
+    }
+
+    fn features(&self) -> u64 {
+        let limits = self.shared.limits();
+        let mut features = feature::RING | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
+        features |= if limits.read_only { F_RO } else { F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES };
+        features |= if limits.secure_erase { F_SECURE_ERASE } else { 0 };
+        features | if limits.lifetime { F_LIFETIME } else { 0 }
     }
 }
 
 impl Device for Blk {
     fn identity(&self) -> Identity {
-        let writing = if self.read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES };
-        let features = feature::RING | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_MQ | writing;
-        Identity { id: ID, features, queues: self.queues, queue_size: QUEUE_SIZE, config_len: CONFIG_LEN }
+        Identity { id: ID, features: self.features(), queues: self.queues, queue_size: QUEUE_SIZE, config_len: CONFIG_LEN }
+    }
+
+    /// A driver that knows of no flushes cannot be asked to make them (virtio 1.3, 5.2.5.1).
+    fn negotiate(&mut self, features: u64) {
+        self.negotiated = features;
+        self.shared.write_back(features & F_FLUSH != 0);
     }
 
     fn read_config(&self, offset: u32, buf: &mut [u8]) {
-        read_config(&self.config, offset, buf);
+        let mut space = self.config;
+        space[..8].copy_from_slice(&(self.shared.bytes() / SECTOR).to_le_bytes());
+        space[WRITEBACK] = u8::from(self.shared.writes_back());
+        read_config(&space, offset, buf);
+    }
+
+    /// The driver's is one byte: whether writes may wait for a flush.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), ReadOnly> {
+        match (usize::try_from(offset), data) {
+            (Ok(WRITEBACK), [choice @ (0 | 1)]) if self.features() & F_CONFIG_WCE != 0 => {
+                self.shared.write_back(*choice == 1);
+                Ok(())
+            }
+            _ => Err(ReadOnly),
+        }
     }
 
     fn start(&mut self, index: u16, queue: Queue) -> io::Result<()> {
@@ -87,8 +129,72 @@ impl Device for Blk {
         self.workers.stop(index)
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.negotiated = 0;
+        self.shared.write_back(true);
+    }
 }
+
+/// How each queue comes to its engine.
+#[derive(Debug)]
+pub enum Engines {
+    /// A ring for each.
+    Uring(Vec<Uring>),
+    /// A way to the same threads for each.
+    Pool,
+}
+
+impl Engines {
+    /// What was asked for, or what can be had. While the process may still do everything.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub fn open(image: &Image, config: &Config) -> Result<Engines> {
+        if config.engine == EngineKind::Threads {
+            return Ok(Engines::Pool);
+        }
+        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new(&[image.file()])).collect();
+        match rings {
+            Ok(rings) => Ok(Engines::Uring(rings)),
+            Err(error) if config.engine == EngineKind::Auto => {
+                tracing::info!("no io_uring ({error}): threads wait for the disk");
+                Ok(Engines::Pool)
+            }
+            Err(error) => {
+                Err(error).context("Cannot use io_uring; see /proc/sys/kernel/io_uring_disabled and the limit on locked memory, or leave --engine out")
+            }
+        }
+    }
+
+    /// An engine for each queue, still to be made by its thread. Threads that wait for the disk start now.
+    fn start(self, queues: u16, confined: &Confined) -> Result<Vec<Prepare>> {
+        let rings = match self {
+            Engines::Uring(rings) => rings,
+            Engines::Pool => {
+                let jobs = Arc::new(Jobs::default());
+                for index in 0..pool::THREADS {
+                    let jobs = Arc::clone(&jobs);
+                    confined.spawn(POOL, format!("disk{index}"), move || pool::work(&jobs))?;
+                }
+                let one = |_| -> Prepare {
+                    let jobs = Arc::clone(&jobs);
+                    Box::new(move || Ok(Box::new(Pool::new(jobs)?)))
+                };
+                return Ok((0..queues).map(one).collect());
+            }
+        };
+        let one = |mut ring: Uring| -> Prepare {
+            Box::new(move || {
+                ring.enable()?;
+                Ok(Box::new(ring))
+            })
+        };
+        Ok(rings.into_iter().map(one).collect())
+    }
+}
+
+/// Makes an engine on the thread that will use it.
+type Prepare = Box<dyn FnOnce() -> io::Result<Box<dyn Engine>> + Send>;
 
 /// The configuration space: what of it the offered features make valid.
 fn space(image: &Image, queues: u16) -> [u8; CONFIG] {
@@ -98,93 +204,18 @@ fn space(image: &Image, queues: u16) -> [u8; CONFIG] {
             place.copy_from_slice(bytes);
         }
     };
-    let ranges = u32::try_from(MAX_RANGES).unwrap_or(1);
-    let alignment = image.block_size() / u32::try_from(SECTOR).unwrap_or(512);
-    put(0, &(image.bytes() / SECTOR).to_le_bytes());
+    let ranges = u32::try_from(MAX_RANGES).unwrap_or(1).to_le_bytes();
+    let most = MAX_RANGE_SECTORS.to_le_bytes();
+    let alignment = topology::discard_sectors(&image.topology()).to_le_bytes();
     put(12, &SEG_MAX.to_le_bytes());
-    put(20, &image.block_size().to_le_bytes());
+    put(20, &topology::config(&image.topology()));
     put(34, &queues.to_le_bytes());
-    put(36, &MAX_RANGE_SECTORS.to_le_bytes());
-    put(40, &ranges.to_le_bytes());
-    put(44, &alignment.to_le_bytes());
-    put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-    put(52, &ranges.to_le_bytes());
-    // The space of a range of zeroes may be given back.
+    // Discards, zeroes, whose space may be given back, and erasures.
+    for (at, bytes) in
+        [(36, most), (40, ranges), (44, alignment), (48, most), (52, ranges), (60, most), (64, ranges), (68, alignment)]
+    {
+        put(at, &bytes);
+    }
     put(56, &[1]);
     space
-}
-
-/// What the thread of a queue does.
-#[derive(Debug)]
-struct Disk {
-    image: Image,
-    limits: Limits,
-    serial: [u8; SERIAL],
-}
-
-impl Disk {
-    fn answer(&self, chain: &Chain, carry_out: impl FnOnce(&Request<'_>) -> Status) -> u32 {
-        let Ok((request, answer)) = Request::read(chain, &self.limits) else {
-            metrics::BAD_REQUESTS.add(1);
-            tracing::warn!(target: virtio::GUEST, "A request without a header or a status byte is given back empty");
-            return 0;
-        };
-        let status = match request {
-            Ok(request) => carry_out(&request),
-            Err(status) => {
-                metrics::REFUSED.add(1);
-                status
-            }
-        };
-        answer.finish(status)
-    }
-
-    fn carry_out(&self, request: &Request<'_>) -> Status {
-        let done = match request {
-            Request::Read { offset, data } => {
-                metrics::READS.add(1);
-                metrics::READ_BYTES.add(data.len().into());
-                self.image.read(*offset, *data)
-            }
-            Request::Write { offset, data } => {
-                metrics::WRITES.add(1);
-                metrics::WRITTEN_BYTES.add(data.len().into());
-                self.image.write(*offset, *data)
-            }
-            Request::Flush => {
-                metrics::FLUSHES.add(1);
-                self.image.flush()
-            }
-            Request::Discard(ranges) => {
-                metrics::DISCARDS.add(1);
-                ranges.iter().try_for_each(|range| self.image.discard(range))
-            }
-            Request::WriteZeroes(ranges) => {
-                metrics::ZEROES.add(1);
-                ranges.iter().try_for_each(|range| self.image.write_zeroes(range))
-            }
-            Request::GetId(room) => {
-                room.copy_from(&self.serial);
-                Ok(())
-            }
-        };
-        done.map_or_else(
-            |error| {
-                metrics::FAILED.add(1);
-                tracing::warn!(target: virtio::GUEST, "The image gives an error: {error}");
-                Status::IoError
-            },
-            |()| Status::Ok,
-        )
-    }
-}
-
-impl Serve for Disk {
-    fn serve(&mut self, _index: u16, chain: &Chain, _attempt: &mut Attempt<'_>) -> Served {
-        Served::Done(self.answer(chain, |request| self.carry_out(request)))
-    }
-
-    fn refuse(&mut self, _index: u16, chain: &Chain) -> u32 {
-        self.answer(chain, |_| Status::IoError)
-    }
 }

@@ -6,17 +6,20 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom, fallocate, fdatasync, open, seek};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom, fallocate, open, seek};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 use sandbox::lock_file;
-use virtio::Buffer;
 
 use crate::args::Config;
+use crate::direct::Alignment;
 use crate::request::{Range, SECTOR};
+use crate::shared::Abilities;
+use crate::topology::{self, Topology};
 
 /// How long a lock is waited for: a predecessor that was killed may still be on its way out.
 const LOCK_TRIES: u32 = 100;
@@ -28,10 +31,11 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 /// An open image.
 #[derive(Debug)]
 pub struct Image {
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     bytes: u64,
-    block_size: u32,
-    read_only: bool,
+    topology: Topology,
+    direct: Option<Alignment>,
+    abilities: Abilities,
 }
 
 impl Image {
@@ -47,6 +51,9 @@ impl Image {
             bail!("Cannot open image {path}: It is neither a file nor a block device");
         }
         let mut flags = OFlags::CLOEXEC | if config.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+        if config.direct {
+            flags |= OFlags::DIRECT;
+        }
         if device && !config.read_only {
             // A block device that is mounted, or part of something else, is refused by the kernel.
             flags |= OFlags::EXCL;
@@ -58,16 +65,16 @@ impl Image {
         if bytes == 0 {
             bail!("Cannot use image {path}: It has less than one sector of {SECTOR} bytes");
         }
-        let block_size = if device { rustix::fs::ioctl_blksszget(&file).unwrap_or(512) } else { 512 };
-        Ok(Image { file, bytes, block_size, read_only: config.read_only })
+        let direct = config.direct.then(|| topology::alignment(&file));
+        let topology = topology::of(&file, device, config.direct);
+        let lifetime = if device { topology::lifetime(&file) } else { None };
+        let abilities = Abilities { read_only: config.read_only, secure_erase: false, lifetime };
+        Ok(Image { file: Arc::new(file), bytes, topology, direct, abilities })
     }
 
-    /// Another handle of the same image, for another thread.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn share(&self) -> io::Result<Image> {
-        Ok(Image { file: self.file.try_clone()?, ..*self })
+    /// The open file.
+    pub fn file(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.file)
     }
 
     /// Its bytes, a multiple of a sector.
@@ -75,38 +82,24 @@ impl Image {
         self.bytes
     }
 
-    /// Bytes of a block: what is written in one piece.
-    pub fn block_size(&self) -> u32 {
-        self.block_size
+    /// Sizes of its blocks.
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// Data moves past the page cache, if it is so aligned.
+    pub fn direct(&self) -> Option<Alignment> {
+        self.direct
+    }
+
+    /// What can be done with it.
+    pub fn abilities(&self) -> Abilities {
+        self.abilities
     }
 
     /// The guest may not write.
     pub fn read_only(&self) -> bool {
-        self.read_only
-    }
-
-    /// Reads into the guest.
-    ///
-    /// # Errors
-    /// The system's; `UnexpectedEof` if the file has become shorter.
-    pub fn read(&self, offset: u64, data: Buffer<'_>) -> io::Result<()> {
-        self.transfer(offset, data, io::ErrorKind::UnexpectedEof, |rest, at| rest.read_from(self.file.as_fd(), Some(at)))
-    }
-
-    /// Writes from the guest.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn write(&self, offset: u64, data: Buffer<'_>) -> io::Result<()> {
-        self.transfer(offset, data, io::ErrorKind::WriteZero, |rest, at| rest.write_to(self.file.as_fd(), Some(at)))
-    }
-
-    /// Makes completed writes durable.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { Ok(fdatasync(&self.file)?) }
+        self.abilities.read_only
     }
 
     /// Gives the space of a range back; it reads as zeroes then. Where that cannot be done, nothing happens: a discard is a hint.
@@ -151,27 +144,6 @@ impl Image {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             (at, left) = (at.saturating_add(put), left.saturating_sub(put));
-        }
-        Ok(())
-    }
-
-    fn transfer(
-        &self,
-        offset: u64,
-        data: Buffer<'_>,
-        none: io::ErrorKind,
-        step: impl Fn(Buffer<'_>, u64) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        let (mut at, mut rest) = (offset, data);
-        while !rest.is_empty() {
-            let moved = match step(rest, at) {
-                Ok(0) => return Err(none.into()),
-                Ok(moved) => u32::try_from(moved).unwrap_or(u32::MAX),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            at = at.saturating_add(moved.into());
-            rest = rest.split_at(moved).1;
         }
         Ok(())
     }

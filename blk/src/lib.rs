@@ -16,11 +16,17 @@
 //! The format of an image is declared, never guessed: a guest that writes another format's header into its raw disk gets its raw
 //! disk back. An image has one writer: it is locked, in a way that QEMU's own locks notice and that notices them.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod args;
 pub mod device;
+pub mod direct;
+pub mod engine;
 pub mod image;
 pub mod metrics;
+pub mod queue;
 pub mod request;
 pub mod sandbox;
+pub mod shared;
+pub mod topology;
+pub mod volume;

@@ -30,8 +30,13 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const GET_LIFETIME: u32 = 10;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
+const SECURE_ERASE: u32 = 14;
+
+/// Bytes of the answer to a question about wear.
+pub const LIFETIME: usize = 4;
 
 const UNMAP: u32 = 1;
 
@@ -42,6 +47,10 @@ pub struct Limits {
     pub bytes: u64,
     /// The guest may not write.
     pub read_only: bool,
+    /// What is erased stays erased: the host's device can do that.
+    pub secure_erase: bool,
+    /// The host's device tells how worn it is.
+    pub lifetime: bool,
 }
 
 /// A piece of the disk, inside of it.
@@ -98,8 +107,12 @@ pub enum Request<'a> {
     Discard(Ranges),
     /// The content becomes zero.
     WriteZeroes(Ranges),
+    /// The content is gone, from the medium too.
+    SecureErase(Ranges),
     /// The serial number.
     GetId(Buffer<'a>),
+    /// How worn the medium is.
+    GetLifetime(Buffer<'a>),
 }
 
 /// How a request ended, in the numbers of the specification.
@@ -113,18 +126,20 @@ pub enum Status {
     Unsupported = 2,
 }
 
-/// Where the answer to a request goes.
-#[derive(Clone, Copy, Debug)]
-pub struct Answer<'a> {
-    status: Buffer<'a>,
-    data: u32,
+/// Answers the request of a chain: writes the status into the last byte, wherever the driver has put it. Gives the number of bytes that
+/// were written in all: `data` bytes, if the request went well, and the status.
+pub fn finish(chain: &Chain, status: Status, data: u32) -> u32 {
+    let Some((_, place)) = chain.writable().split_last(1) else { return 0 };
+    place.copy_from(&[status as u8]);
+    if status == Status::Ok { data.saturating_add(1) } else { 1 }
 }
 
-impl Answer<'_> {
-    /// Writes the status. Gives the number of bytes that were written in all: `data` bytes, if the request went well, and the status.
-    pub fn finish(self, status: Status) -> u32 {
-        self.status.copy_from(&[status as u8]);
-        if status == Status::Ok { self.data.saturating_add(1) } else { 1 }
+/// The data of a chain that was found to be a read, or a write.
+pub fn data(chain: &Chain, write: bool) -> Buffer<'_> {
+    if write {
+        chain.readable().split_at(u32::try_from(HEADER).unwrap_or(0)).1
+    } else {
+        chain.writable().split_last(1).map_or(chain.writable(), |(data, _)| data)
     }
 }
 
@@ -134,22 +149,25 @@ impl Answer<'_> {
 pub struct Unanswerable;
 
 impl<'a> Request<'a> {
-    /// Reads the request of a chain, and where its answer goes. The inner error is the answer to a request that can be given one.
+    /// Reads the request of a chain. The inner error is the answer to a request that can be given one.
     ///
     /// # Errors
     /// [`Unanswerable`].
-    pub fn read(chain: &'a Chain, limits: &Limits) -> Result<(Result<Request<'a>, Status>, Answer<'a>), Unanswerable> {
+    pub fn read(chain: &'a Chain, limits: &Limits) -> Result<Result<Request<'a>, Status>, Unanswerable> {
         let (header, sent) = chain.readable().take_array::<HEADER>().ok_or(Unanswerable)?;
-        let (room, status) = chain.writable().split_last(1).ok_or(Unanswerable)?;
+        let (room, _) = chain.writable().split_last(1).ok_or(Unanswerable)?;
         let [k0, k1, k2, k3, _, _, _, _, s @ ..] = header;
         let kind = u32::from_le_bytes([k0, k1, k2, k3]);
         let sector = u64::from_le_bytes(s);
-        let request = Request::of(kind, sector, sent, room, limits);
-        let data = match &request {
-            Ok(Request::Read { data, .. } | Request::GetId(data)) => data.len(),
+        Ok(Request::of(kind, sector, sent, room, limits))
+    }
+
+    /// Bytes that the guest gets, besides the status, if all goes well.
+    pub fn answer_len(&self) -> u32 {
+        match self {
+            Request::Read { data, .. } | Request::GetId(data) | Request::GetLifetime(data) => data.len(),
             _ => 0,
-        };
-        Ok((request, Answer { status, data }))
+        }
     }
 
     fn of(kind: u32, sector: u64, sent: Buffer<'a>, room: Buffer<'a>, limits: &Limits) -> Result<Request<'a>, Status> {
@@ -166,6 +184,11 @@ impl<'a> Request<'a> {
             }
             DISCARD => Ok(Request::Discard(ranges(sent, 0, limits)?)),
             WRITE_ZEROES => Ok(Request::WriteZeroes(ranges(sent, UNMAP, limits)?)),
+            SECURE_ERASE if limits.secure_erase => Ok(Request::SecureErase(ranges(sent, 0, limits)?)),
+            GET_LIFETIME if limits.lifetime => {
+                let (wear, _) = room.split_at(u32::try_from(LIFETIME).unwrap_or(0));
+                Ok(Request::GetLifetime(wear))
+            }
             _ => Err(Status::Unsupported),
         }
     }

@@ -4,16 +4,28 @@ use daemon::rules::{PROTOCOL, RINGS, RUNTIME};
 use sandbox::{Limits, Policy, Rule, allow};
 
 use crate::args::MAX_QUEUES;
+use crate::engine::pool::THREADS;
+use crate::engine::uring::WORKERS;
 
 /// The role of the threads that serve queues.
 pub const THREAD: &str = "queue";
 
-/// Descriptors of each queue: the image, two ends of a bell, and three of the ring.
-const PER_QUEUE: u64 = 6;
+/// The role of the threads that wait for the disk where there is no io_uring.
+pub const POOL: &str = "disk";
+
+/// Descriptors of each queue: an engine's, two ends of a bell, three of the ring, and one to spare.
+const PER_QUEUE: u64 = 7;
 
 const QUEUE: &[Rule] = &[
     allow(libc::SYS_preadv2, "reads, straight into guest memory"),
     allow(libc::SYS_pwritev2, "writes, straight from guest memory; zeroes, where the file system has no better way"),
+    allow(libc::SYS_io_uring_enter, "reads, writes and flushes that have to wait for the disk; the ring can do nothing else"),
+    allow(libc::SYS_fallocate, "discards and zeroes"),
+];
+
+const DISK: &[Rule] = &[
+    allow(libc::SYS_preadv2, "reads, straight into guest memory"),
+    allow(libc::SYS_pwritev2, "writes, straight from guest memory"),
     allow(libc::SYS_fdatasync, "flushes"),
     allow(libc::SYS_fallocate, "discards and zeroes"),
 ];
@@ -21,7 +33,10 @@ const QUEUE: &[Rule] = &[
 /// The process opens nothing and reaches nothing.
 pub const POLICY: Policy = Policy {
     name: "outboard-blk",
-    limits: Limits { descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64, threads: MAX_QUEUES as u64 + 2 },
+    limits: Limits {
+        descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
+        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 2,
+    },
     control: &[RUNTIME, PROTOCOL],
-    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE])],
+    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK])],
 };

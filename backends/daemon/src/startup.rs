@@ -229,17 +229,33 @@ impl Confined {
     /// # Errors
     /// When it does not start, or its filter cannot be installed.
     pub fn spawn(&self, role: &str, name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        self.spawn_prepared(role, name, || (), |()| body())
+    }
+
+    /// The same for a thread that needs something which its filter forbids to make, and only the thread itself can make: `prepare`
+    /// runs on it before the filter. It must not look at anything a guest or a peer has written.
+    ///
+    /// # Errors
+    /// As [`Confined::spawn`].
+    pub fn spawn_prepared<T>(
+        &self,
+        role: &str,
+        name: String,
+        prepare: impl FnOnce() -> T + Send + 'static,
+        body: impl FnOnce(T) + Send + 'static,
+    ) -> Result<()> {
         let filter = Filter::new(self.policy.thread(role)?)?;
         let told = Arc::new((Mutex::new(None), Condvar::new()));
         let tell = Arc::clone(&told);
         let confined_body = move || {
+            let prepared = prepare();
             let installed = filter.install();
             let ok = installed.is_ok();
             let (place, news) = &*tell;
             *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(installed);
             news.notify_one();
             if ok {
-                body();
+                body(prepared);
             }
         };
         let builder = thread::Builder::new().name(name).stack_size(STACK);

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::memory::{self, Memory, Span};
+use crate::memory::{self, Memory, Patience, Span};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -185,7 +185,7 @@ impl Descriptor {
 /// A run of guest bytes in one direction: a view of a chain, cheap to copy and to cut.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer<'a> {
-    memory: &'a Memory,
+    memory: &'a Arc<Memory>,
     spans: &'a [Span],
     /// Bytes of the first span that are not part of this view.
     skip: u32,
@@ -193,7 +193,7 @@ pub struct Buffer<'a> {
 }
 
 impl<'a> Buffer<'a> {
-    fn new(memory: &'a Memory, spans: &'a [Span], len: u32) -> Buffer<'a> {
+    fn new(memory: &'a Arc<Memory>, spans: &'a [Span], len: u32) -> Buffer<'a> {
         Buffer { memory, spans, skip: 0, len }
     }
 
@@ -267,7 +267,27 @@ impl<'a> Buffer<'a> {
     /// # Errors
     /// The system's.
     pub fn read_from(&self, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
-        self.memory.read_file(self.pieces(), file, offset)
+        self.memory.read_file(self.pieces(), file, offset, Patience::Wait)
+    }
+
+    /// The same, with as many bytes as are there without waiting for a disk.
+    ///
+    /// # Errors
+    /// The system's; `WouldBlock` if there is nothing without waiting.
+    pub fn read_at_once(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        self.memory.read_file(self.pieces(), file, Some(offset), Patience::Never)
+    }
+
+    /// Its pieces as they lie in this process, for whoever has the kernel move the data: the first byte and the number of bytes of
+    /// each. They stay mapped for as long as the chain, or the [`OwnedBuffer`], is kept.
+    pub fn addresses(&self) -> impl Iterator<Item = (*mut u8, usize)> + Clone + use<'a> {
+        let memory = self.memory;
+        self.pieces().map(move |span| memory.address(span))
+    }
+
+    /// The same bytes, in a value that keeps the memory by itself and can go to another thread.
+    pub fn detached(&self) -> OwnedBuffer {
+        OwnedBuffer { memory: Arc::clone(self.memory), spans: self.pieces().collect(), len: self.len }
     }
 
     /// Writes the guest's bytes to `file`, as many as one call takes: at `offset`, or wherever a stream is.
@@ -279,7 +299,7 @@ impl<'a> Buffer<'a> {
     }
 
     /// The spans it consists of.
-    fn pieces(&self) -> impl Iterator<Item = Span> + use<'a> {
+    fn pieces(&self) -> impl Iterator<Item = Span> + Clone + use<'a> {
         let (mut skip, mut left) = (self.skip, self.len);
         self.spans.iter().map_while(move |span| {
             let piece = span.cut(skip, left)?;
@@ -287,6 +307,21 @@ impl<'a> Buffer<'a> {
             left -= piece.len();
             Some(piece)
         })
+    }
+}
+
+/// A [`Buffer`] that keeps guest memory by itself.
+#[derive(Debug)]
+pub struct OwnedBuffer {
+    memory: Arc<Memory>,
+    spans: Vec<Span>,
+    len: u32,
+}
+
+impl OwnedBuffer {
+    /// Its bytes.
+    pub fn as_buffer(&self) -> Buffer<'_> {
+        Buffer::new(&self.memory, &self.spans, self.len)
     }
 }
 

@@ -35,7 +35,7 @@ pub mod metrics;
 pub mod queue;
 pub mod worker;
 
-pub use chain::{Buffer, Chain};
+pub use chain::{Buffer, Chain, OwnedBuffer};
 pub use device::{Device, Host, Identity};
 pub use memory::Memory;
 pub use queue::{Queue, QueueState, Token};

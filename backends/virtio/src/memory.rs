@@ -345,14 +345,21 @@ impl Memory {
     ///
     /// # Errors
     /// The system's. `EFAULT` if the memory has been truncated: the kernel notices, the process lives on.
-    pub fn read_file(&self, spans: impl Iterator<Item = Span>, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
+    pub fn read_file(
+        &self,
+        spans: impl Iterator<Item = Span>,
+        file: BorrowedFd<'_>,
+        offset: Option<u64>,
+        patience: Patience,
+    ) -> io::Result<usize> {
         let vectors = self.vectors(spans);
         let count = i32::try_from(vectors.count).map_err(|_| Errno::INVAL)?;
         let at = position(offset)?;
+        let flags = if patience == Patience::Never { libc::RWF_NOWAIT } else { 0 };
         // SAFETY: each vector points at `len` bytes of a shared mapping that `self` keeps mapped during the call, writable by
         // construction. Rust has no reference to those bytes (they are only ever touched through volatile accesses), so the
         // kernel's writes alias nothing. The array of vectors lives until the call returns and is only read.
-        let got = unsafe { libc::preadv2(file.as_raw_fd(), vectors.list.as_ptr(), count, at, 0) };
+        let got = unsafe { libc::preadv2(file.as_raw_fd(), vectors.list.as_ptr(), count, at, flags) };
         usize::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
@@ -370,6 +377,12 @@ impl Memory {
         usize::try_from(put).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Where a span lies in this process, for as long as this table, or one made from it, lives.
+    pub(crate) fn address(&self, span: Span) -> (*mut u8, usize) {
+        let slice = self.slice(span);
+        (slice.ptr_guard_mut().as_ptr(), slice.len())
+    }
+
     fn vectors(&self, spans: impl Iterator<Item = Span>) -> Vectors {
         let none = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
         let mut vectors = Vectors { list: [none; MAX_IOVECS], count: 0 };
@@ -380,6 +393,15 @@ impl Memory {
         }
         vectors
     }
+}
+
+/// Whether a call may wait for a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// As long as it takes.
+    Wait,
+    /// Not at all.
+    Never,
 }
 
 /// I/O vectors for one call, on the stack.

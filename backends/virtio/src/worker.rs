@@ -24,6 +24,7 @@ mod slot;
 
 use mailbox::{Closed, Command};
 pub use mailbox::{Mailbox, Worker};
+use slot::Held;
 pub use slot::{HELD, Served, Slot, Ticket};
 
 /// Descriptors that one kick is worth. Enough for a full ring of requests of usual size; a hostile chain as long as its ring
@@ -111,13 +112,18 @@ impl Workers {
 pub struct Attempt<'a> {
     queue: &'a mut Queue,
     token: &'a Token,
-    ticket: Ticket,
+    held: &'a Held,
 }
 
 impl Attempt<'_> {
     /// What the request is finished with, should the answer be [`Served::Later`].
     pub fn ticket(&self) -> Ticket {
-        self.ticket
+        self.held.next()
+    }
+
+    /// The chain of another request of this queue, one that is begun.
+    pub fn held(&self, ticket: Ticket) -> Option<&Chain> {
+        self.held.get(ticket)
     }
 
     /// What a predecessor noted with it before it died; `None` if none has begun it.
@@ -141,6 +147,11 @@ impl Slots {
     /// Queue `index`, if it is running here.
     pub fn get(&mut self, index: u16) -> Option<&mut Slot> {
         self.slots.iter_mut().flatten().find(|slot| slot.queue.index() == index)
+    }
+
+    /// All of them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.slots.iter_mut().flatten()
     }
 
     /// Whether queue `index` is running here.

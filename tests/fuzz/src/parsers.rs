@@ -4,7 +4,7 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use blk::request::{Limits, Request, SECTOR, Status};
+use blk::request::{Limits, Request, SECTOR, Status, finish};
 use outboard::machine::file;
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio::metrics::page;
@@ -14,24 +14,28 @@ use crate::rings;
 
 /// A disk's request.
 pub fn blk(mut bytes: Bytes<'_>) {
-    let limits = Limits { bytes: u64::from(bytes.u32() >> (bytes.byte() % 32)) * SECTOR, read_only: bytes.byte() & 1 != 0 };
+    let size = u64::from(bytes.u32() >> (bytes.byte() % 32)) * SECTOR;
+    let flags = bytes.byte();
+    let limits = Limits { bytes: size, read_only: flags & 1 != 0, secure_erase: flags & 2 != 0, lifetime: flags & 4 != 0 };
     let Some(chain) = rings::described(&mut bytes) else { return };
-    let Ok((request, answer)) = Request::read(&chain, &limits) else { return };
+    let Ok(request) = Request::read(&chain, &limits) else { return };
+    let answer = request.as_ref().map_or(0, Request::answer_len);
     let inside = |offset: u64, len: u64| assert!(offset + len <= limits.bytes, "{offset} + {len} of {}", limits.bytes);
-    match request {
-        Ok(Request::Read { offset, data }) => inside(offset, data.len().into()),
+    match &request {
+        Ok(Request::Read { offset, data }) => inside(*offset, data.len().into()),
         Ok(Request::Write { offset, data }) => {
-            inside(offset, data.len().into());
+            inside(*offset, data.len().into());
             assert!(!limits.read_only);
         }
-        Ok(Request::Discard(ranges) | Request::WriteZeroes(ranges)) => {
+        Ok(Request::Discard(ranges) | Request::WriteZeroes(ranges) | Request::SecureErase(ranges)) => {
             ranges.iter().for_each(|range| inside(range.offset, range.len));
             assert!(!limits.read_only);
         }
         Ok(Request::GetId(room)) => assert!(room.len() <= 20),
+        Ok(Request::GetLifetime(room)) => assert!(room.len() <= 4),
         Ok(Request::Flush) | Err(_) => {}
     }
-    let written = answer.finish(Status::Ok);
+    let written = finish(&chain, Status::Ok, answer);
     assert!(written >= 1 && written <= chain.writable().len(), "the guest is told of bytes it has room for");
 }
 

@@ -158,6 +158,21 @@ impl Disk {
     /// # Errors
     /// When the backend is none, or is no disk.
     pub fn open(stream: UnixStream, shape: Shape, slots: usize, slot_bytes: u32, seed: u64) -> Result<Disk> {
+        Disk::open_aligned(stream, shape, slots, slot_bytes, seed, 1)
+    }
+
+    /// The same with data that lies at multiples of `alignment`, as drivers have it: backends need not copy it.
+    ///
+    /// # Errors
+    /// As [`Disk::open`].
+    pub fn open_aligned(
+        stream: UnixStream,
+        shape: Shape,
+        slots: usize,
+        slot_bytes: u32,
+        seed: u64,
+        alignment: u64,
+    ) -> Result<Disk> {
         let known = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
         let mut random = Random::new(seed);
         let mut device = Device::connect(stream, shape, known)?;
@@ -167,7 +182,7 @@ impl Disk {
         for _ in 0..slots {
             let memory = device.memory_mut();
             let header = memory.take(HEADER.into(), 1, random.number())?;
-            let data = memory.take(slot_bytes.into(), 1, random.number())?;
+            let data = memory.take(slot_bytes.into(), alignment, random.number())?;
             let status = memory.take(1, 1, random.number())?;
             list.push(Slot { header, data, status, out: None });
         }

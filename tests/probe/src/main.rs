@@ -180,7 +180,9 @@ fn check(socket: &Path, length: Option<u64>, block_size: u32, depth: usize, ring
 
 fn measure(socket: &Path, load: Load, block_size: u32, depth: usize, seconds: f64, json: bool, rings: Rings) -> Result<bool> {
     aligned(0, block_size.into())?;
-    let mut disk = open(socket, rings, depth, block_size)?;
+    // As a kernel's driver has them: otherwise it would be measured how somebody copies.
+    let (shape, page) = (rings.shape(depth, block_size), 4096);
+    let mut disk = Disk::open_aligned(connect(socket)?, shape, depth, block_size, rings.seed, page)?;
     let time = Duration::try_from_secs_f64(seconds).context("--seconds is a time")?;
     let report = bench::run(&mut disk, load, block_size, time, rings.seed)?;
     let (p50, p99) = (report.p50.as_micros(), report.p99.as_micros());

@@ -33,30 +33,34 @@ pub(crate) fn rows(bench: &Bench) -> Result<Vec<Row>> {
 }
 
 fn pair(bench: &Bench, image: &Path, load: [&str; 3]) -> Result<Vec<Row>> {
-    let (mut rates, mut costs, mut direct) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()], Vec::new());
-    for _ in 0..bench.rounds(3) {
-        let mut command = Command::new(bench.program("outboard-blk"));
-        command.arg("--blk-file").arg(image).args(["--format", "raw", "--socket-path"]);
-        for (side, command) in [command, theirs(bench, image, "")].into_iter().enumerate() {
-            let Measured { rate, cost } = measure(bench, command, side == 1, load)?;
-            rates[side].push(rate);
-            costs[side].push(cost);
+    let mut rows = Vec::new();
+    for (cache, our_flag, their_option) in
+        [("page cache", None, ""), ("O_DIRECT", Some("--direct"), ",cache.direct=on,aio=io_uring")]
+    {
+        let (mut rates, mut costs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+        for _ in 0..bench.rounds(3) {
+            for (side, command) in [ours(bench, image, our_flag), theirs(bench, image, their_option)].into_iter().enumerate() {
+                let Measured { rate, cost } = measure(bench, command, side == 1, load)?;
+                rates[side].push(rate);
+                costs[side].push(cost);
+            }
         }
-        direct.push(measure(bench, theirs(bench, image, ",cache.direct=on"), true, load)?.rate / 1000.0);
+        let [load, block, depth] = load;
+        let name = format!("{load} {} KiB, depth {depth}, {cache}", block.parse::<u32>().unwrap_or_default() / 1024);
+        let peer = bench.version("qemu-storage-daemon", their_option.trim_start_matches(','));
+        let [our_rate, their_rate] = rates.map(|rates| rates.into_iter().map(|rate| rate / 1000.0).collect());
+        let [our_cost, their_cost] = costs;
+        rows.push(Row::new(name.clone(), "1000/s", peer.clone()).of(our_rate, their_rate));
+        rows.push(Row::new(format!("{name}, CPU"), "us/request", peer).of(our_cost, their_cost));
     }
-    let [load, block, depth] = load;
-    let name = format!("{load} {} KiB, depth {depth}", block.parse::<u32>().unwrap_or_default() / 1024);
-    let peer = bench.version("qemu-storage-daemon", "");
-    let [ours, theirs] = rates.map(|rates| rates.into_iter().map(|rate| rate / 1000.0).collect());
-    let [our_cost, their_cost] = costs;
-    let mut with_direct =
-        Row::new(format!("{name}, O_DIRECT"), "1000/s", format!("{peer} cache.direct=on")).of(Vec::new(), direct);
-    with_direct.note = Some("ours does not offer O_DIRECT yet".to_owned());
-    Ok(vec![
-        Row::new(name.clone(), "1000/s", peer.clone()).of(ours, theirs),
-        Row::new(format!("{name}, CPU"), "us/request", peer).of(our_cost, their_cost),
-        with_direct,
-    ])
+    Ok(rows)
+}
+
+/// The socket's path is still to be added.
+fn ours(bench: &Bench, image: &Path, flag: Option<&str>) -> Command {
+    let mut command = Command::new(bench.program("outboard-blk"));
+    command.args(flag).arg("--blk-file").arg(image).args(["--format", "raw", "--socket-path"]);
+    command
 }
 
 /// The export's address is still to be added.

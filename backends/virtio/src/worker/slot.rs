@@ -106,8 +106,8 @@ impl Slot {
             condemn(&token, index);
             Served::Done(server.refuse(index, &self.chain))
         } else {
-            let ticket = self.held.next();
-            server.serve(index, &self.chain, &mut Attempt { queue: &mut self.queue, token: &token, ticket })
+            let held = &self.held;
+            server.serve(index, &self.chain, &mut Attempt { queue: &mut self.queue, token: &token, held })
         };
         match served {
             Served::Done(written) => {
@@ -133,7 +133,12 @@ impl Slot {
 
     /// The chain of a request that is begun.
     pub fn held(&self, ticket: Ticket) -> Option<&Chain> {
-        self.held.places.get(ticket.index())?.as_ref().map(|(_, chain)| chain)
+        self.held.get(ticket)
+    }
+
+    /// Looks at the queue again, before the worker waits for anything.
+    pub fn wake(&mut self) {
+        self.pending = true;
     }
 }
 
@@ -149,7 +154,7 @@ fn condemn(token: &Token, index: u16) {
 
 /// The requests that are begun, by their tickets.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     memory: Arc<Memory>,
     places: Vec<Option<(Token, Chain)>>,
     /// Numbers that are free, the last used on top.
@@ -167,9 +172,13 @@ impl Held {
     }
 
     /// The number of the next request.
-    fn next(&self) -> Ticket {
+    pub(super) fn next(&self) -> Ticket {
         let fresh = u16::try_from(self.places.len()).unwrap_or(u16::MAX);
         Ticket(self.free.last().copied().unwrap_or(fresh))
+    }
+
+    pub(super) fn get(&self, ticket: Ticket) -> Option<&Chain> {
+        self.places.get(ticket.index())?.as_ref().map(|(_, chain)| chain)
     }
 
     /// Puts a request aside under [`Held::next`], and leaves another chain in its place.

@@ -133,19 +133,31 @@ fn a_disk_makes_every_call_it_may_make() {
     if !can_trace() {
         return;
     }
+    for (engine, thread) in [("io-uring", "queue"), ("threads", "disk")] {
+        let mut made = Default::default();
+        for direct in [None, Some("--direct")] {
+            a_disk(engine, direct, &mut made);
+        }
+        all_made("outboard-blk", thread, &made, &[]);
+    }
+}
+
+/// A disk in use, with all that makes a difference to its calls.
+fn a_disk(engine: &str, direct: Option<&str>, made: &mut [BTreeSet<i64>; 2]) {
     let scratch = Scratch::new();
-    let mut made = Default::default();
     let image = scratch.image("disk.img", 4 << 20);
-    let server = Server::start("outboard-blk", &scratch, &["--format", "raw", "--blk-file", image.to_str().unwrap()]);
-    traced(server, &mut made, |socket| {
+    let mut words = vec!["--format", "raw", "--engine", engine, "--blk-file", image.to_str().unwrap()];
+    words.extend(direct);
+    let server = Server::start("outboard-blk", &scratch, &words);
+    traced(server, made, |socket| {
         probe(&["info"], socket);
         probe(&["blk", "verify"], socket);
         let mut disk = Disk::open(UnixStream::connect(socket).unwrap(), Shape::default(), 1, 4096, 1).unwrap();
         let mut range = [0; 16];
         range[8] = 8;
         assert_eq!(disk.request(Kind::Discard, 0, &mut range).unwrap(), Status::Ok);
+        assert_eq!(disk.request(Kind::Flush, 0, &mut []).unwrap(), Status::Ok);
     });
-    all_made("outboard-blk", "queue", &made, &[]);
 }
 
 #[test]

@@ -1,0 +1,125 @@
+//! Who moves the data, where a queue's own thread should not wait for it.
+//!
+//! # Theory of operation
+//!
+//! A queue's thread *begins* operations, each under an id of its own choice, hands all it has begun on in one go
+//! ([`Engine::submit`]), and later takes the outcomes ([`Engine::next`]) in whatever order they come. It waits for
+//! [`Engine::source`] together with its ring.
+//!
+//! There are two engines, and what a guest sees is the same with either:
+//!
+//! - [`uring`]: one io_uring per queue, made by the thread that uses it, before that thread's filter; restricted to the six operations
+//!   below, so that a thread that was taken over gets nothing through it that its filter forbids;
+//! - [`pool`]: a few threads, where the host forbids io_uring (as distributions and container engines do).
+//!
+//! Not everything goes through an engine. What is in the page cache is read by the queue's thread itself, and so is written what only
+//! has to get there: handing it on costs more than doing it (`docs/performance.md`).
+//!
+//! # A write that outlives its process
+//!
+//! A process that is killed is gone before the writes it had given to io_uring are: the kernel finishes them afterwards. Such a write
+//! could land on top of one that the successor has made since. It cannot, because of the image's lock: it belongs to the *open file*,
+//! which those writes hold, so the successor, which locks the image before it serves, gets it when the last of them is done.
+//! `tests/suite` measures just that, on a disk that takes two seconds for a write.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use virtio::Buffer;
+
+pub mod pool;
+#[expect(unsafe_code, reason = "the kernel is given addresses of guest memory that outlive the call")]
+pub mod uring;
+
+/// A file that data moves to and from.
+#[derive(Clone, Debug)]
+pub struct File {
+    fd: Arc<OwnedFd>,
+    /// Its number among those the ring was told of beforehand, which makes each operation a little cheaper.
+    registered: Option<u32>,
+}
+
+impl File {
+    /// A file that became known after the engine was made.
+    pub fn new(fd: Arc<OwnedFd>) -> File {
+        File { fd, registered: None }
+    }
+
+    /// The file that was the `index`th when the engine was made.
+    pub fn registered(fd: Arc<OwnedFd>, index: u32) -> File {
+        File { fd, registered: Some(index) }
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What can be done to a file.
+#[derive(Clone, Copy, Debug)]
+pub enum Work<'a> {
+    /// File to guest.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Where to.
+        data: Buffer<'a>,
+    },
+    /// Guest to file.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// From where.
+        data: Buffer<'a>,
+    },
+    /// What was written is on the disk afterwards.
+    Sync,
+    /// A range is given back, and reads as zeroes.
+    Punch {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A range becomes zeroes and keeps its space.
+    Zero {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+}
+
+/// The outcome of an operation: its id, and the bytes that were moved or what went wrong.
+pub type Done = (u64, io::Result<u32>);
+
+/// See the module.
+///
+/// Whoever begins an operation keeps the memory of its buffer until the operation's outcome was taken. A [`virtio::worker::Slot`]
+/// does so for the chain of a request that is not finished.
+pub trait Engine: Send + Debug {
+    /// Begins an operation. Nothing may happen before [`Engine::submit`].
+    ///
+    /// # Errors
+    /// When it cannot be begun; there is no outcome to come then.
+    fn begin(&mut self, id: u64, file: &File, work: Work<'_>) -> io::Result<()>;
+
+    /// Hands on all that was begun.
+    fn submit(&mut self);
+
+    /// The outcome of one operation that is done.
+    fn next(&mut self) -> Option<Done>;
+
+    /// Waits until there is an outcome, if anything is in flight.
+    fn wait(&mut self);
+
+    /// How many operations are begun, with no outcome taken.
+    fn in_flight(&self) -> usize;
+
+    /// Becomes readable when there is an outcome.
+    fn source(&self) -> BorrowedFd<'_>;
+}

@@ -1,0 +1,76 @@
+//! What the control thread and the threads of the queues both know.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::direct::Alignment;
+use crate::request::{LIFETIME, Limits, SERIAL};
+
+/// One disk's.
+#[derive(Debug)]
+pub struct Shared {
+    /// The serial number, filled up with zeroes.
+    pub serial: [u8; SERIAL],
+    /// Data moves past the page cache, if it is so aligned.
+    pub direct: Option<Alignment>,
+    read_only: bool,
+    /// The driver's choice: it flushes what has to last. Otherwise every write lasts.
+    writes_back: AtomicBool,
+    bytes: AtomicU64,
+    secure_erase: bool,
+    lifetime: Option<[u8; LIFETIME]>,
+}
+
+/// What a disk can do, found out when it was opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Abilities {
+    /// The guest may not write.
+    pub read_only: bool,
+    /// What is erased stays erased.
+    pub secure_erase: bool,
+    /// How worn it is, in the specification's four bytes.
+    pub lifetime: Option<[u8; LIFETIME]>,
+}
+
+impl Shared {
+    /// For a disk of so many bytes.
+    pub fn new(bytes: u64, serial: [u8; SERIAL], direct: Option<Alignment>, abilities: Abilities) -> Shared {
+        let Abilities { read_only, secure_erase, lifetime } = abilities;
+        let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
+        Shared { serial, direct, read_only, writes_back, bytes, secure_erase, lifetime }
+    }
+
+    /// What requests are checked against.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            bytes: self.bytes(),
+            read_only: self.read_only,
+            secure_erase: self.secure_erase,
+            lifetime: self.lifetime.is_some(),
+        }
+    }
+
+    /// Bytes of the disk at this moment.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// The disk has grown.
+    pub fn resized(&self, bytes: u64) {
+        self.bytes.store(bytes, Ordering::Release);
+    }
+
+    /// Whether writes may be acknowledged before they are on the disk.
+    pub fn writes_back(&self) -> bool {
+        self.writes_back.load(Ordering::Relaxed)
+    }
+
+    /// The driver has chosen.
+    pub fn write_back(&self, yes: bool) {
+        self.writes_back.store(yes, Ordering::Relaxed);
+    }
+
+    /// How worn the host's device is; zeroes if it does not tell.
+    pub fn lifetime(&self) -> [u8; LIFETIME] {
+        self.lifetime.unwrap_or_default()
+    }
+}
