@@ -85,6 +85,7 @@ mod tests {
         let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
         assert_eq!(arrows["virtio"], set(&[]));
         assert_eq!(arrows["sandbox"], set(&[]));
+        assert_eq!(arrows["image"], set(&[]));
         assert_eq!(arrows["vhost-user"], set(&["virtio"]));
         assert_eq!(arrows["daemon"], set(&["sandbox"]));
         // The fuzzer reaches the parsers of all processes from inside, without a socket.

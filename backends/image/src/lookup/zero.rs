@@ -1,0 +1,247 @@
+//! Discarding and zeroing: the range is had alone, rounded out to clusters.
+//!
+//! A discard gives whole clusters back. Over a backing file they become explicit zero clusters: what was hidden stays hidden.
+//! Where the format cannot say that (version 2), and where the guest asked for less than a cluster, a discard does nothing.
+//! Zeroing always ends in zeroes: by a zero cluster, by giving the cluster back where nothing is below, or by writing them.
+
+use std::sync::Arc;
+
+use crate::chain::Node;
+use crate::error::{Error, Result};
+use crate::lookup::{Lookup, Place};
+use crate::qcow2::geometry::{Entry, Kind};
+use crate::qcow2::{Meta, Qcow2};
+use crate::range::Exclusive;
+
+/// Clusters that are changed in one step, so that other queues are held up for a bounded time.
+const AT_ONCE: u64 = 512;
+
+/// What is to become of clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// Their content does not matter.
+    Discard,
+    /// Zeroes, without space.
+    Unmap,
+    /// Zeroes, with the space they have.
+    Keep,
+}
+
+impl Lookup {
+    /// Makes all that was committed durable.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn flush(&mut self) -> Result<()> {
+        self.image.flush()
+    }
+
+    /// Has a range alone, rounded out to clusters, until the guard is dropped: for whatever must see no I/O there. Do not call
+    /// [`zero`](Lookup::zero) or [`discard`](Lookup::discard) while it lives: they take the range themselves.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]: this queue holds ranges or claims.
+    pub fn exclude(&mut self, offset: u64, len: u64) -> Result<Exclusive> {
+        if !self.pending.is_empty() {
+            return Err(Error::Busy);
+        }
+        self.refresh();
+        let chain = Arc::clone(&self.chain);
+        let Some(Node::Qcow2(image)) = chain.nodes.first().map(|node| &**node) else {
+            return self.image.ranges.exclude(&self.lane, offset, len);
+        };
+        let g = image.geometry();
+        let (first, end) = (g.cluster(offset), g.clusters(offset.saturating_add(len)));
+        let range = self.image.ranges.exclude(&self.lane, g.start(first), g.start(end.saturating_sub(first)))?;
+        // Who has a claim there never waits before it is committed.
+        let mut meta = image.meta();
+        while meta.claims.range(first..end.max(first)).next().is_some() {
+            meta = image.wait(meta);
+        }
+        drop(meta);
+        Ok(range)
+    }
+
+    /// Turns a range into zeroes. With `unmap`, its space may be given back.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]: this queue holds ranges or claims. Let them go, and try again.
+    pub fn zero(&mut self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.change(offset, len, if unmap { How::Unmap } else { How::Keep })
+    }
+
+    /// The content of a range does not matter any more. It reads as before, or as zeroes.
+    ///
+    /// # Errors
+    /// As for [`zero`](Lookup::zero).
+    pub fn discard(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.change(offset, len, How::Discard)
+    }
+
+    fn change(&mut self, offset: u64, len: u64, how: How) -> Result<()> {
+        self.refresh();
+        self.check_range(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let _alone = self.exclude(offset, len)?;
+        let chain = Arc::clone(&self.chain);
+        match chain.nodes.first().map(|node| &**node) {
+            Some(Node::Raw { file, writable: true, .. }) => {
+                let done = if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
+                done.map_err(Error::io("Cannot zero a range of the image"))
+            }
+            Some(Node::Qcow2(image)) => {
+                image.check_writable()?;
+                let done = self.change_in(image, offset, len, how);
+                match done {
+                    Ok(()) => self.commit()?,
+                    Err(error) => {
+                        self.abort();
+                        return Err(error);
+                    }
+                }
+                image.settle(&self.image.ranges)
+            }
+            _ => Err(Error::ReadOnly),
+        }
+    }
+
+    fn change_in(&mut self, image: &Qcow2, offset: u64, len: u64, how: How) -> Result<()> {
+        let g = *image.geometry();
+        let end = offset.saturating_add(len);
+        // The last cluster of the disk is whole if the range goes to the disk's end.
+        let whole_end = if end >= image.size() { g.clusters(end) } else { g.cluster(end) };
+        let (first, last) = (g.clusters(offset), whole_end);
+        if first >= last {
+            return if how == How::Discard { Ok(()) } else { self.zero_parts(image, offset, len) };
+        }
+        if how != How::Discard {
+            self.zero_parts(image, offset, g.start(first).saturating_sub(offset))?;
+            self.zero_parts(image, g.start(last), end.saturating_sub(g.start(last)))?;
+        }
+        let mut cluster = first;
+        while cluster < last {
+            let step = self.skippable(image, cluster).clamp(0, last.saturating_sub(cluster));
+            if step > 0 {
+                cluster = cluster.saturating_add(step);
+                continue;
+            }
+            let count = AT_ONCE.min(last.saturating_sub(cluster));
+            self.change_clusters(image, cluster, count, how)?;
+            cluster = cluster.saturating_add(count);
+        }
+        Ok(())
+    }
+
+    /// Clusters from here on that have no L2 table and nothing below: there is nothing to do.
+    fn skippable(&self, image: &Qcow2, cluster: u64) -> u64 {
+        let g = image.geometry();
+        let index = g.l1_index(cluster);
+        if self.chain.nodes.len() > 1
+            || image.header.is_raw_external()
+            || image.tables.with_l1(|l1| l1.entries.get(index) != Some(&0))
+        {
+            return 0;
+        }
+        let table = 1_u64.checked_shl(g.l2_bits()).unwrap_or(1);
+        table.saturating_sub(cluster & table.saturating_sub(1))
+    }
+
+    /// Less than a cluster: zeroes are written where anything else is seen.
+    fn zero_parts(&mut self, image: &Qcow2, offset: u64, len: u64) -> Result<()> {
+        let (mut at, end) = (offset, offset.saturating_add(len));
+        while at < end {
+            let seen = self.resolve(0, at, end.saturating_sub(at))?;
+            let stop = at.saturating_add(seen.len);
+            while seen.place != Place::Zero && at < stop {
+                let extent = self.map_write_in(image, at, stop.saturating_sub(at))?;
+                let Place::Data { offset, .. } = extent.place else { return Err(Error::ReadOnly) };
+                image.data_file().zero(offset, extent.len).map_err(Error::io("Cannot zero a range of the image"))?;
+                at = at.saturating_add(extent.len.max(1));
+            }
+            at = at.max(stop);
+        }
+        Ok(())
+    }
+
+    fn change_clusters(&mut self, image: &Qcow2, first: u64, count: u64, how: How) -> Result<()> {
+        let mut meta = image.meta();
+        let (mut changes, mut olds) = (Vec::new(), Vec::new());
+        for cluster in first..first.saturating_add(count) {
+            let old = self.entry(0, image, cluster)?;
+            if self.change_in_file(image, cluster, old, how)? {
+                continue;
+            }
+            if let Some(new) = self.new_entry(image, &mut meta, cluster, old, how)? {
+                image.own_table(&mut meta, cluster)?;
+                changes.push((cluster, new));
+                olds.push((cluster, old));
+            }
+        }
+        image.tables.update(&changes)?;
+        olds.into_iter().for_each(|(cluster, old)| image.free(&mut meta, cluster, old));
+        Ok(())
+    }
+
+    /// What is done in the file itself. Whether that was all.
+    fn change_in_file(&self, image: &Qcow2, cluster: u64, old: Entry, how: How) -> Result<bool> {
+        let g = image.geometry();
+        let (file, raw) = (image.data_file(), image.header.is_raw_external());
+        let done = match old.kind(g) {
+            // Whatever reads the data file alone has to see the same.
+            _ if raw && how == How::Keep => file.zero(g.start(cluster), g.cluster_size()),
+            _ if raw => file.punch(g.start(cluster), g.cluster_size()),
+            Kind::Data(host) if how == How::Keep && old.is_copied() && !g.extended => file.zero(host, g.cluster_size()),
+            Kind::Data(host) if g.external => {
+                file.punch(host, g.cluster_size()).map_err(Error::io("Cannot zero a range of the image"))?;
+                return Ok(false);
+            }
+            _ => return Ok(false),
+        };
+        done.map_err(Error::io("Cannot zero a range of the image"))?;
+        Ok(true)
+    }
+
+    /// The entry a cluster is to have from now on, if another one.
+    fn new_entry(&mut self, image: &Qcow2, meta: &mut Meta, cluster: u64, old: Entry, how: How) -> Result<Option<Entry>> {
+        let g = *image.geometry();
+        match old.kind(&g) {
+            Kind::Bad => {
+                image.tables.mark_corrupt();
+                return Error::corrupt(format!("guest cluster {cluster} is said to be where it cannot be"));
+            }
+            Kind::Zero(None) => return Ok(None),
+            Kind::Zero(Some(_)) if how == How::Keep => return Ok(None),
+            Kind::Unallocated if how == How::Discard => return Ok(None),
+            _ => {}
+        }
+        let nothing_below = self.is_zero_below(image, cluster)?;
+        if nothing_below {
+            return Ok(Some(Entry::NONE).filter(|new| *new != old));
+        }
+        match (Entry::zeroes(&g), how) {
+            (Some(zeroes), _) => Ok(Some(zeroes)),
+            (None, How::Discard) => Ok(None),
+            (None, _) if g.external => Error::refused("A version 2 image cannot have a data file"),
+            // A cluster from the reserve is zeroes.
+            (None, _) => {
+                image.own_table(meta, cluster)?;
+                let (host, _) = meta.space.take(1, &image.tables)?;
+                Ok(Some(Entry::data(g.start(host), &g)))
+            }
+        }
+    }
+
+    /// Whether a cluster would read as zeroes if it were not there.
+    fn is_zero_below(&mut self, image: &Qcow2, cluster: u64) -> Result<bool> {
+        let g = image.geometry();
+        if self.chain.nodes.len() < 2 {
+            return Ok(true);
+        }
+        let start = g.start(cluster);
+        let len = g.cluster_size().min(image.size().saturating_sub(start));
+        let below = self.resolve(1, start, len)?;
+        Ok(below.place == Place::Zero && below.len >= len)
+    }
+}
