@@ -2,19 +2,38 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
 
-use crate::request::SERIAL;
+use crate::limit::Rate;
+use crate::request::{SECTOR, SERIAL};
+use crate::topology::Topology;
 
 /// Most queues. A driver uses one for each vCPU; more only cost threads.
 pub const MAX_QUEUES: u16 = 64;
+
+/// Bytes of an image's tables in memory, at most, unless told otherwise.
+const CACHE: u64 = 2 << 20;
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// The bytes of the disk, and nothing else
     Raw,
+    /// QEMU's format, versions 2 and 3
+    Qcow2,
+    /// No image: what is written is gone, what is read was never there. For measuring
+    Null,
+}
+
+/// What an image may be that another one is based on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackingFormat {
+    /// The bytes of the disk, and nothing else
+    Raw,
+    /// QEMU's format, versions 2 and 3
+    Qcow2,
 }
 
 /// Who waits for the disk.
@@ -39,11 +58,35 @@ pub struct Args {
     #[command(flatten)]
     socket: Socket,
     /// The image file or block device
-    #[arg(long, value_name = "PATH")]
-    pub blk_file: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["size"])]
+    pub blk_file: Option<PathBuf>,
     /// What the image is. It is never guessed
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub format: Format,
+    /// The image that the one before it is based on, from the top down; each with a --backing-format
+    #[arg(long, value_name = "PATH", requires = "backing_format")]
+    pub backing_file: Vec<PathBuf>,
+    /// What it is: one for each --backing-file, in the same order
+    #[arg(long, value_enum, value_name = "FORMAT", requires = "backing_file")]
+    pub backing_format: Vec<BackingFormat>,
+    /// The file with the data of a qcow2 image that keeps it apart
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
+    /// Bytes of a disk that keeps nothing (--format null)
+    #[arg(long, value_name = "BYTES", conflicts_with = "blk_file", value_parser = clap::value_parser!(u64).range(512..))]
+    pub size: Option<u64>,
+    /// Bytes of the image's tables to keep in memory, at most
+    #[arg(long, value_name = "BYTES", default_value_t = CACHE, value_parser = clap::value_parser!(u64).range(65536..=1 << 30))]
+    pub cache_size: u64,
+    /// Bytes the guest can address: 512 to 4096. Otherwise what the file or device says
+    #[arg(long, value_name = "BYTES", value_parser = block)]
+    pub logical_block_size: Option<u32>,
+    /// Bytes the guest had better write at once
+    #[arg(long, value_name = "BYTES", value_parser = block)]
+    pub physical_block_size: Option<u32>,
+    /// Bytes the guest does best with
+    #[arg(long, value_name = "BYTES")]
+    pub opt_io_size: Option<u32>,
     /// The guest cannot write
     #[arg(long)]
     pub read_only: bool,
@@ -56,6 +99,12 @@ pub struct Args {
     /// Queues, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub num_queues: u16,
+    /// Most requests in a second, and how many at once after a pause: OPS or OPS:BURST
+    #[arg(long, value_name = "OPS[:BURST]", value_parser = rate)]
+    pub limit_ops: Option<Rate>,
+    /// Most bytes in a second, and how many at once after a pause: BYTES or BYTES:BURST
+    #[arg(long, value_name = "BYTES[:BURST]", value_parser = rate)]
+    pub limit_bytes: Option<Rate>,
     /// The serial number the guest sees, up to 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
     pub serial: String,
@@ -64,6 +113,21 @@ pub struct Args {
     pub memory: vhost_user::args::MemoryArgs,
     #[command(flatten)]
     base: Base,
+}
+
+fn block(text: &str) -> Result<u32, String> {
+    let bytes: u32 = text.parse().map_err(|_| "not a number of bytes".to_owned())?;
+    if bytes.is_power_of_two() && (512..=65536).contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err("not a power of two from 512 to 65536".to_owned())
+    }
+}
+
+fn rate(text: &str) -> Result<Rate, String> {
+    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("{text:?} is not a number"));
+    let (per_second, burst) = text.split_once(':').unwrap_or((text, "0"));
+    Ok(Rate { per_second: number(per_second)?, burst: number(burst)? })
 }
 
 fn serial(text: &str) -> Result<String, String> {
@@ -82,13 +146,51 @@ impl Arguments for Args {
     }
 }
 
+/// One link of a chain of images.
+#[derive(Clone, Debug)]
+pub struct Link {
+    /// The file or device.
+    pub path: PathBuf,
+    /// What it is.
+    pub format: image::Format,
+    /// The file with its data, if that is another one.
+    pub data: Option<PathBuf>,
+}
+
+/// Sizes that were given instead of found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Blocks {
+    logical: Option<u32>,
+    physical: Option<u32>,
+    best: Option<u32>,
+}
+
+impl Blocks {
+    /// Puts them in the place of what was found.
+    pub fn apply(&self, topology: &mut Topology) {
+        topology.logical = self.logical.unwrap_or(topology.logical);
+        topology.physical = self.physical.unwrap_or(topology.physical).max(topology.logical);
+        topology.least = topology.least.max(topology.physical);
+        topology.best = self.best.unwrap_or(topology.best);
+        topology.discard = topology.discard.max(topology.logical);
+    }
+}
+
 /// What the arguments mean.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The image.
-    pub path: PathBuf,
-    /// What it is.
-    pub format: Format,
+    /// The images, the one that is written first.
+    pub chain: Vec<Link>,
+    /// Bytes of a disk that keeps nothing.
+    pub null: Option<u64>,
+    /// Bytes of tables in memory.
+    pub cache_bytes: usize,
+    /// Sizes that were given.
+    pub blocks: Blocks,
+    /// Requests in a second.
+    pub operations: Rate,
+    /// Bytes in a second.
+    pub bytes: Rate,
     /// It is only read.
     pub read_only: bool,
     /// It is used past the page cache.
@@ -101,20 +203,50 @@ pub struct Config {
     pub serial: [u8; SERIAL],
 }
 
-impl From<&Args> for Config {
-    fn from(args: &Args) -> Config {
+impl TryFrom<&Args> for Config {
+    type Error = anyhow::Error;
+
+    fn try_from(args: &Args) -> anyhow::Result<Config> {
         let mut serial = [0; SERIAL];
         for (place, byte) in serial.iter_mut().zip(args.serial.bytes()) {
             *place = byte;
         }
-        Config {
-            path: args.blk_file.clone(),
-            format: args.format,
+        Ok(Config {
+            chain: chain(args)?,
+            null: args.size.filter(|_| args.format == Format::Null).map(|bytes| bytes - bytes % SECTOR),
+            cache_bytes: usize::try_from(args.cache_size).unwrap_or(usize::MAX),
+            blocks: Blocks { logical: args.logical_block_size, physical: args.physical_block_size, best: args.opt_io_size },
+            operations: args.limit_ops.unwrap_or_default(),
+            bytes: args.limit_bytes.unwrap_or_default(),
             read_only: args.read_only,
             direct: args.direct,
             engine: args.engine,
             queues: args.num_queues,
             serial,
-        }
+        })
     }
+}
+
+/// The chain of images, if the words about it fit together.
+fn chain(args: &Args) -> anyhow::Result<Vec<Link>> {
+    let format = match args.format {
+        Format::Raw => image::Format::Raw,
+        Format::Qcow2 => image::Format::Qcow2,
+        Format::Null => {
+            ensure!(args.size.is_some() && args.backing_file.is_empty(), "--format null needs --size, and has no files");
+            return Ok(Vec::new());
+        }
+    };
+    ensure!(args.size.is_none(), "--size is the size of a disk that keeps nothing (--format null)");
+    ensure!(args.backing_file.len() == args.backing_format.len(), "Each --backing-file needs a --backing-format");
+    let path = args.blk_file.clone().context("--blk-file is missing")?;
+    let top = Link { path, format, data: args.data_file.clone() };
+    let below = args.backing_file.iter().zip(&args.backing_format).map(|(path, format)| {
+        let format = match format {
+            BackingFormat::Raw => image::Format::Raw,
+            BackingFormat::Qcow2 => image::Format::Qcow2,
+        };
+        Link { path: path.clone(), format, data: None }
+    });
+    Ok([top].into_iter().chain(below).collect())
 }

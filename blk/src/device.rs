@@ -13,7 +13,7 @@ use crate::args::{Config, EngineKind};
 use crate::engine::Engine;
 use crate::engine::pool::{self, Jobs, Pool};
 use crate::engine::uring::Uring;
-use crate::image::Image;
+use crate::image::Disk;
 use crate::queue::DiskQueue;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use crate::sandbox::{POOL, THREAD};
@@ -65,13 +65,13 @@ impl Blk {
     ///
     /// # Errors
     /// When one cannot be started.
-    pub fn new(image: Image, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
-        let shared = Arc::new(Shared::new(image.bytes(), config.serial, image.direct(), image.abilities()));
-        let image = Arc::new(image);
+    pub fn new(disk: &Arc<Disk>, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
+        let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities()));
+        shared.limits.set(config.operations, config.bytes);
         let mut workers = Vec::new();
         for (index, prepare) in engines.start(config.queues, confined)?.into_iter().enumerate() {
             let (worker, mailbox) = Worker::new()?;
-            let volume = Volume::new(Arc::clone(&image));
+            let volume = Volume::new(Arc::clone(disk));
             let shared = Arc::clone(&shared);
             confined.spawn_prepared(THREAD, format!("queue{index}"), prepare, move |engine| match engine {
                 Ok(engine) => run(DiskQueue::new(volume, engine, shared), mailbox),
@@ -79,12 +79,12 @@ impl Blk {
             })?;
             workers.push(worker);
         }
-        let space = space(&image, config.queues);
+        let space = space(disk, config.queues);
         Ok(Blk { workers: Workers::new(workers), shared, config: space, queues: config.queues, negotiated: 0 })
     }
 
     fn features(&self) -> u64 {
-        let limits = self.shared.limits();
+        let limits = self.shared.checks();
         let mut features = feature::RING | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
         features |= if limits.read_only { F_RO } else { F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES };
         features |= if limits.secure_erase { F_SECURE_ERASE } else { 0 };
@@ -149,11 +149,11 @@ impl Engines {
     ///
     /// # Errors
     /// When it cannot be had.
-    pub fn open(image: &Image, config: &Config) -> Result<Engines> {
+    pub fn open(disk: &Disk, config: &Config) -> Result<Engines> {
         if config.engine == EngineKind::Threads {
             return Ok(Engines::Pool);
         }
-        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new(&[image.file()])).collect();
+        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new(&disk.descriptors())).collect();
         match rings {
             Ok(rings) => Ok(Engines::Uring(rings)),
             Err(error) if config.engine == EngineKind::Auto => {
@@ -197,7 +197,7 @@ impl Engines {
 type Prepare = Box<dyn FnOnce() -> io::Result<Box<dyn Engine>> + Send>;
 
 /// The configuration space: what of it the offered features make valid.
-fn space(image: &Image, queues: u16) -> [u8; CONFIG] {
+fn space(disk: &Disk, queues: u16) -> [u8; CONFIG] {
     let mut space = [0; CONFIG];
     let mut put = |at: usize, bytes: &[u8]| {
         if let Some(place) = space.get_mut(at..at + bytes.len()) {
@@ -206,9 +206,9 @@ fn space(image: &Image, queues: u16) -> [u8; CONFIG] {
     };
     let ranges = u32::try_from(MAX_RANGES).unwrap_or(1).to_le_bytes();
     let most = MAX_RANGE_SECTORS.to_le_bytes();
-    let alignment = topology::discard_sectors(&image.topology()).to_le_bytes();
+    let alignment = topology::discard_sectors(&disk.topology()).to_le_bytes();
     put(12, &SEG_MAX.to_le_bytes());
-    put(20, &topology::config(&image.topology()));
+    put(20, &topology::config(&disk.topology()));
     put(34, &queues.to_le_bytes());
     // Discards, zeroes, whose space may be given back, and erasures.
     for (at, bytes) in

@@ -53,6 +53,13 @@ impl File {
     }
 }
 
+impl File {
+    /// Its descriptor.
+    pub fn descriptor(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.fd)
+    }
+}
+
 impl AsFd for File {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -1,85 +1,143 @@
-//! The host resource: a raw image file, or a block device.
+//! The host resource: the image's files, or a block device, opened and locked while there are still paths.
 //!
-//! All I/O is positional and goes through the page cache, on the thread of the queue that asks for it: that is the fastest way
-//! where the data is in memory, and the queue's own time where it is not.
+//! What they mean is the crate `image`'s affair; this is how the process comes to them. The first file is the one that is written. It is
+//! locked against every other writer and reader, the others against writers, in a way that QEMU's own locks notice and that notices
+//! them.
+//!
+//! A file that is used past the page cache is open twice: the image's own tables are small, and stay in the page cache; data does not.
+//! They never meet in one block, since tables and data have clusters of their own.
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom, fallocate, open, seek};
-use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+use image::{FileId, FileStorage, Format, Image, Layer, Options, Storage};
+use rustix::fs::{Mode, OFlags, open};
 use sandbox::lock_file;
 
 use crate::args::Config;
 use crate::direct::Alignment;
-use crate::request::{Range, SECTOR};
+use crate::engine::File;
+use crate::request::SECTOR;
 use crate::shared::Abilities;
 use crate::topology::{self, Topology};
 
-/// How long a lock is waited for: a predecessor that was killed may still be on its way out.
-const LOCK_TRIES: u32 = 100;
+/// How long a lock is waited for. A predecessor that was killed may still be on its way out, and so may its last writes, which
+/// keep the lock for as long as they take.
+const LOCK_TRIES: u32 = 500;
 const LOCK_WAIT: Duration = Duration::from_millis(10);
 
-/// Zeroes for files whose file system cannot zero a range by itself.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+/// After so many tries the wait is worth a line.
+const WORTH_A_LINE: u32 = 50;
 
-/// An open image.
+/// Smallest cluster whose data may move past the page cache: the image's tables must not share a page with it.
+const DIRECT_CLUSTER: u64 = 4096;
+
+/// An image and its files.
 #[derive(Debug)]
-pub struct Image {
-    file: Arc<OwnedFd>,
-    bytes: u64,
+pub struct Disk {
+    image: Arc<Image>,
+    /// By which descriptor data of each file moves.
+    files: Mutex<Vec<(FileId, File)>>,
     topology: Topology,
     direct: Option<Alignment>,
     abilities: Abilities,
+    null: bool,
 }
 
-impl Image {
-    /// Opens and locks the image.
+impl Disk {
+    /// Opens and locks the files, and looks what they are.
     ///
     /// # Errors
-    /// With its path: not there, no right to it, in use, or no image.
-    pub fn open(config: &Config) -> Result<Image> {
-        let path = config.path.display();
-        let metadata = config.path.metadata().with_context(|| format!("Cannot open image {path}"))?;
-        let device = metadata.file_type().is_block_device();
-        if !device && !metadata.is_file() {
-            bail!("Cannot open image {path}: It is neither a file nor a block device");
+    /// With the path: not there, no right to it, in use, or no image.
+    pub fn open(config: &Config) -> Result<Disk> {
+        if let Some(bytes) = config.null {
+            return Disk::null(bytes, config);
         }
-        let mut flags = OFlags::CLOEXEC | if config.read_only { OFlags::RDONLY } else { OFlags::RDWR };
-        if config.direct {
-            flags |= OFlags::DIRECT;
+        let mut files = Vec::new();
+        let mut layers = Vec::new();
+        let mut top = None;
+        for (depth, link) in config.chain.iter().enumerate() {
+            let writable = depth == 0 && !config.read_only;
+            let opened = Opened::at(&link.path, writable, config.direct)?;
+            let file = opened.storage(&mut files)?;
+            let data = match &link.data {
+                Some(path) => Some(Opened::at(path, writable, config.direct)?.storage(&mut files)?),
+                None => None,
+            };
+            layers.push(Layer { format: link.format, file, data });
+            top = top.or(Some(opened));
         }
-        if device && !config.read_only {
-            // A block device that is mounted, or part of something else, is refused by the kernel.
-            flags |= OFlags::EXCL;
+        let top = top.context("There is no image")?;
+        let name = config.chain.first().map(|link| link.path.display().to_string()).unwrap_or_default();
+        let cannot = || format!("Cannot use image {name}");
+        let options = Options { writable: !config.read_only, cache_bytes: config.cache_bytes };
+        let image = Image::open(&layers, options).with_context(cannot)?;
+        if image.size() < SECTOR {
+            bail!("Cannot use image {name}: It has less than one sector of {SECTOR} bytes");
         }
-        let file = open(&config.path, flags, Mode::empty()).with_context(|| format!("Cannot open image {path}"))?;
-        lock(&file, config.read_only).with_context(|| format!("Cannot use image {path}"))?;
-        let bytes = seek(&file, SeekFrom::End(0)).with_context(|| format!("Cannot find the size of image {path}"))?;
-        let bytes = bytes - bytes % SECTOR;
-        if bytes == 0 {
-            bail!("Cannot use image {path}: It has less than one sector of {SECTOR} bytes");
+        let clusters = image.cluster_size();
+        if config.direct && (1..DIRECT_CLUSTER).contains(&clusters) {
+            bail!(
+                "Cannot use image {name} past the page cache: Its clusters of {clusters} bytes are smaller than {DIRECT_CLUSTER}"
+            );
         }
-        let direct = config.direct.then(|| topology::alignment(&file));
-        let topology = topology::of(&file, device, config.direct);
-        let lifetime = if device { topology::lifetime(&file) } else { None };
-        let abilities = Abilities { read_only: config.read_only, secure_erase: false, lifetime };
-        Ok(Image { file: Arc::new(file), bytes, topology, direct, abilities })
+        Ok(Disk {
+            topology: top.topology(config),
+            direct: config.direct.then(|| topology::alignment(&top.data)),
+            abilities: top.abilities(config),
+            image,
+            files: Mutex::new(files),
+            null: false,
+        })
     }
 
-    /// The open file.
-    pub fn file(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.file)
+    /// A disk of so many bytes that keeps nothing: what is left is what it costs to be asked.
+    fn null(bytes: u64, config: &Config) -> Result<Disk> {
+        let layer = Layer { format: Format::Raw, file: Arc::new(Nothing(FileId::new(), bytes)), data: None };
+        let image = Image::open(&[layer], Options { writable: true, ..Options::default() })?;
+        let mut topology = Topology::default();
+        config.blocks.apply(&mut topology);
+        let abilities = Abilities { read_only: config.read_only, ..Abilities::default() };
+        Ok(Disk { image, files: Mutex::default(), topology, direct: None, abilities, null: true })
     }
 
-    /// Its bytes, a multiple of a sector.
+    /// The image.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// Ends its use: what was reserved in it is given back, and it no longer says that it is in use. No ring may run.
+    ///
+    /// # Errors
+    /// The system's. The image is consistent all the same.
+    pub fn close(&self) -> Result<()> {
+        self.image.close().context("Cannot close the image")
+    }
+
+    /// Descriptors that an engine should know beforehand, in the order of their numbers.
+    pub fn descriptors(&self) -> Vec<Arc<OwnedFd>> {
+        self.files().iter().map(|(_, file)| file.descriptor()).collect()
+    }
+
+    /// By which descriptor data of a file moves.
+    pub fn file(&self, id: FileId) -> Option<File> {
+        self.files().iter().find(|(one, _)| *one == id).map(|(_, file)| file.clone())
+    }
+
+    fn files(&self) -> std::sync::MutexGuard<'_, Vec<(FileId, File)>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of the disk.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.image.size()
     }
 
     /// Sizes of its blocks.
@@ -97,74 +155,126 @@ impl Image {
         self.abilities
     }
 
-    /// The guest may not write.
-    pub fn read_only(&self) -> bool {
-        self.abilities.read_only
+    /// What is written changes tables of the image, too.
+    pub fn has_tables(&self) -> bool {
+        self.image.cluster_size() != 0
     }
 
-    /// Gives the space of a range back; it reads as zeroes then. Where that cannot be done, nothing happens: a discard is a hint.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn discard(&self, range: &Range) -> io::Result<()> {
-        match self.allocate(range, FallocateFlags::PUNCH_HOLE) {
-            Err(Errno::OPNOTSUPP) => Ok(()),
-            other => Ok(other?),
-        }
+    /// It keeps nothing.
+    pub fn is_null(&self) -> bool {
+        self.null
+    }
+}
+
+/// No file, of a size.
+#[derive(Debug)]
+struct Nothing(FileId, u64);
+
+impl Storage for Nothing {
+    fn id(&self) -> FileId {
+        self.0
     }
 
-    /// Turns a range into zeroes.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn write_zeroes(&self, range: &Range) -> io::Result<()> {
-        let how = if range.unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        match self.allocate(range, how) {
-            Err(Errno::OPNOTSUPP) => self.write_zeroes_by_hand(range),
-            other => Ok(other?),
-        }
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
-    fn allocate(&self, range: &Range, how: FallocateFlags) -> rustix::io::Result<()> {
-        if range.len == 0 {
-            return Ok(());
-        }
-        retry(|| fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, range.offset, range.len))
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.1)
     }
 
-    fn write_zeroes_by_hand(&self, range: &Range) -> io::Result<()> {
-        let (mut at, mut left) = (range.offset, range.len);
-        while left > 0 {
-            let piece = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROES.len());
-            let zeroes = ZEROES.get(..piece).unwrap_or_default();
-            // The call that ordinary writes make, so that the filter needs no other.
-            let written = retry(|| pwritev2(&self.file, &[IoSlice::new(zeroes)], at, ReadWriteFlags::empty()))?;
-            let put = u64::try_from(written).unwrap_or_default();
-            if put == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            (at, left) = (at.saturating_add(put), left.saturating_sub(put));
-        }
+    fn read_at(&self, buffer: &mut [u8], _offset: u64) -> io::Result<usize> {
+        buffer.fill(0);
+        Ok(buffer.len())
+    }
+
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
         Ok(())
     }
-}
 
-fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
-    loop {
-        match call() {
-            Err(Errno::INTR) => {}
-            other => return other,
-        }
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn punch(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_len(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 
-/// One writer, or many readers. The lock goes with the process.
-fn lock(file: &OwnedFd, read_only: bool) -> Result<()> {
-    for _ in 0..LOCK_TRIES {
-        match lock_file(file.as_fd(), !read_only) {
+/// A file that is open, and locked.
+#[derive(Debug)]
+struct Opened {
+    plain: OwnedFd,
+    /// The same file, perhaps past the page cache.
+    data: Arc<OwnedFd>,
+    device: bool,
+    direct: bool,
+}
+
+impl Opened {
+    fn at(path: &Path, writable: bool, direct: bool) -> Result<Opened> {
+        let name = path.display();
+        let metadata = fs::metadata(path).with_context(|| format!("Cannot open image {name}"))?;
+        let device = metadata.file_type().is_block_device();
+        if !device && !metadata.is_file() {
+            bail!("Cannot open image {name}: It is neither a file nor a block device");
+        }
+        let mut flags = OFlags::CLOEXEC | if writable { OFlags::RDWR } else { OFlags::RDONLY };
+        if device && writable {
+            // A block device that is mounted, or part of something else, is refused by the kernel.
+            flags |= OFlags::EXCL;
+        }
+        let open = |flags| open(path, flags, Mode::empty()).with_context(|| format!("Cannot open image {name}"));
+        let plain = open(flags)?;
+        let data = if direct {
+            let past = open(flags.difference(OFlags::EXCL) | OFlags::DIRECT).context("Its file system may not offer O_DIRECT")?;
+            Arc::new(past)
+        } else {
+            Arc::new(plain.try_clone().context("Cannot share the image")?)
+        };
+        // What is in flight when the process dies goes through this descriptor, so it is this one whose lock has to outlast it.
+        lock(&data, writable).with_context(|| format!("Cannot use image {name}"))?;
+        Ok(Opened { plain, data, device, direct })
+    }
+
+    /// As the image's code wants it. `files` learns how its data moves.
+    fn storage(&self, files: &mut Vec<(FileId, File)>) -> Result<Arc<dyn Storage>> {
+        let file = FileStorage::new(self.plain.try_clone().context("Cannot share the image")?)?;
+        let number = u32::try_from(files.len()).unwrap_or(u32::MAX);
+        files.push((file.id(), File::registered(Arc::clone(&self.data), number)));
+        Ok(Arc::new(file))
+    }
+
+    fn topology(&self, config: &Config) -> Topology {
+        let mut topology = topology::of(&self.data, self.device, self.direct);
+        config.blocks.apply(&mut topology);
+        topology
+    }
+
+    fn abilities(&self, config: &Config) -> Abilities {
+        let lifetime = if self.device { topology::lifetime(&self.plain) } else { None };
+        Abilities { read_only: config.read_only, secure_erase: false, lifetime }
+    }
+}
+
+/// One writer, or many readers. The lock goes with the last use of the open file.
+fn lock(file: &OwnedFd, writable: bool) -> Result<()> {
+    for attempt in 0..LOCK_TRIES {
+        match lock_file(file.as_fd(), writable) {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(LOCK_WAIT),
             Err(error) => return Err(error).context("It cannot be locked"),
+        }
+        if attempt == WORTH_A_LINE {
+            tracing::info!("another process has the image open; waiting for it to let go");
         }
     }
     bail!("Another process has it open for writing")

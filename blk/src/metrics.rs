@@ -1,6 +1,6 @@
 //! What is counted.
 
-use virtio::metrics::Counter;
+use virtio::metrics::{Counter, Histogram, Times};
 
 /// Read requests.
 pub static READS: Counter = Counter::new();
@@ -22,6 +22,19 @@ pub static FAILED: Counter = Counter::new();
 pub static REFUSED: Counter = Counter::new();
 /// Chains that could not be given an answer.
 pub static BAD_REQUESTS: Counter = Counter::new();
+
+static READ_TIMES: Histogram = Histogram::new();
+static WRITE_TIMES: Histogram = Histogram::new();
+static FLUSH_TIMES: Histogram = Histogram::new();
+static OTHER_TIMES: Histogram = Histogram::new();
+
+/// How long requests took from being taken to being answered, by their kinds.
+pub static TIMES: [Times; 4] = [
+    ("blk_read_seconds", &READ_TIMES, "Time that reads took"),
+    ("blk_write_seconds", &WRITE_TIMES, "Time that writes took"),
+    ("blk_flush_seconds", &FLUSH_TIMES, "Time that flushes took"),
+    ("blk_other_seconds", &OTHER_TIMES, "Time that discards, zeroes and other requests took"),
+];
 
 /// All counters, with their names and what they count.
 pub const ALL: [(&str, &Counter, &str); 10] = [

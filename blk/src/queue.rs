@@ -20,6 +20,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use virtio::worker::{Attempt, HELD, SOURCES, Serve, Served, Slot, Slots, Source, Ticket};
@@ -31,8 +32,10 @@ use crate::shared::Shared;
 use crate::volume::{Busy, Place, Volume};
 use crate::{direct, metrics};
 
+mod batch;
 mod job;
 
+use batch::{Batch, Sort};
 use job::{Job, Move, Moved};
 
 /// The thread of one queue.
@@ -47,6 +50,10 @@ pub struct DiskQueue {
     claimed: Vec<Ticket>,
     /// Jobs that are done.
     finished: Vec<Ticket>,
+    /// How long the next request has to wait for its limits.
+    wait: Option<Duration>,
+    /// When the batch began that is being served, and what it was made of.
+    batch: Batch,
 }
 
 impl DiskQueue {
@@ -54,7 +61,7 @@ impl DiskQueue {
     pub fn new(volume: Volume, engine: Box<dyn Engine>, shared: Arc<Shared>) -> DiskQueue {
         let mut jobs = Vec::new();
         jobs.resize_with(HELD, Job::default);
-        DiskQueue { volume, engine, shared, jobs, claimed: Vec::new(), finished: Vec::new() }
+        DiskQueue { volume, engine, shared, jobs, claimed: Vec::new(), finished: Vec::new(), wait: None, batch: Batch::default() }
     }
 
     fn job(&mut self, ticket: Ticket) -> &mut Job {
@@ -76,7 +83,10 @@ impl DiskQueue {
                 metrics::WRITES.add(1);
                 metrics::WRITTEN_BYTES.add(data.len().into());
                 self.guard(ticket, *offset, data.len(), attempt)?;
-                self.write(ticket, *offset, *data, attempt)?;
+                let written = self.write(ticket, *offset, *data, attempt);
+                // If all of it was committed on the way, it waits for another commit, which is none.
+                self.job(ticket).claimed = self.volume.has_claims();
+                written?;
                 if !self.shared.writes_back() {
                     self.job(ticket).through = true;
                 }
@@ -136,6 +146,13 @@ impl DiskQueue {
                     self.move_piece(ticket, Move { file, offset, from, len, write: false }, piece)?;
                 }
                 Place::Zero => piece.zero(),
+                Place::Compressed(place) => {
+                    let cluster = self.volume.inflate(place)?;
+                    if piece.copy_from(cluster) < piece.len() as usize {
+                        return Err(ErrorKind::UnexpectedEof.into());
+                    }
+                }
+                Place::Nothing => {}
             }
             (at, rest) = (at.saturating_add(len.into()), after);
         }
@@ -153,11 +170,12 @@ impl DiskQueue {
                 }
                 other => other,
             };
-            let (len, file, offset, claimed) = mapped?;
+            let (len, place) = mapped?;
             let (piece, after) = rest.split_at(len);
             let from = data.len().saturating_sub(rest.len());
-            self.job(ticket).claimed |= claimed;
-            self.move_piece(ticket, Move { file, offset, from, len, write: true }, piece)?;
+            if let Place::File(file, offset) = place {
+                self.move_piece(ticket, Move { file, offset, from, len, write: true }, piece)?;
+            }
             (at, rest) = (at.saturating_add(len.into()), after);
         }
         Ok(())
@@ -277,13 +295,16 @@ impl DiskQueue {
     fn answer(&mut self, chain: &Chain, attempt: &Attempt<'_>, request: &Request<'_>) -> Served {
         let ticket = attempt.ticket();
         let answer = request.answer_len();
-        *self.job(ticket) = Job::new(answer);
+        let (sort, began) = (Sort::of(request), self.batch.began());
+        self.shared.limits.pay(sort.bytes(request));
+        *self.job(ticket) = Job::new(answer, sort, began);
         let begun = self.begin(ticket, request, attempt);
         self.job(ticket).begun();
         self.job(ticket).note(begun);
         if !self.advance(ticket) {
             return Served::Later;
         }
+        self.batch.add(sort);
         let status = self.job(ticket).status();
         Served::Done(finish(chain, status, answer))
     }
@@ -291,7 +312,7 @@ impl DiskQueue {
 
 impl Serve for DiskQueue {
     fn serve(&mut self, _index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> Served {
-        match Request::read(chain, &self.shared.limits()) {
+        match Request::read(chain, &self.shared.checks()) {
             Ok(Ok(request)) => self.answer(chain, attempt, &request),
             Ok(Err(status)) => {
                 metrics::REFUSED.add(1);
@@ -309,6 +330,15 @@ impl Serve for DiskQueue {
         finish(chain, Status::IoError, 0)
     }
 
+    fn can_serve(&mut self, _index: u16) -> bool {
+        self.wait = self.shared.limits.wait();
+        self.wait.is_none()
+    }
+
+    fn timeout(&self, _slots: &Slots) -> Option<Duration> {
+        self.wait
+    }
+
     fn settle(&mut self, slot: &mut Slot) {
         self.engine.submit();
         self.reap(|ticket| slot.held(ticket));
@@ -320,8 +350,11 @@ impl Serve for DiskQueue {
         for ticket in std::mem::take(&mut self.finished) {
             let job = self.job(ticket);
             let (status, answer) = (job.status(), job.answer);
+            let (sort, began) = (job.sort, job.began);
+            self.batch.finished(sort, began);
             slot.finish(ticket, |chain| finish(chain, status, answer));
         }
+        self.batch.end();
     }
 
     fn sources(&self, _slots: &Slots) -> [Option<Source<'_>>; SOURCES] {

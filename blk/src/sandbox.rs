@@ -20,7 +20,17 @@ const QUEUE: &[Rule] = &[
     allow(libc::SYS_preadv2, "reads, straight into guest memory"),
     allow(libc::SYS_pwritev2, "writes, straight from guest memory; zeroes, where the file system has no better way"),
     allow(libc::SYS_io_uring_enter, "reads, writes and flushes that have to wait for the disk; the ring can do nothing else"),
+    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
+    allow(libc::SYS_ftruncate, "images that grow"),
+    allow(libc::SYS_fstat, "how long an image is"),
     allow(libc::SYS_fallocate, "discards and zeroes"),
+];
+
+const CLOSE: &[Rule] = &[
+    allow(libc::SYS_preadv2, "closing an image: its tables"),
+    allow(libc::SYS_pwritev2, "closing an image: space that was reserved is given back"),
+    allow(libc::SYS_fdatasync, "closing an image: in this order"),
+    allow(libc::SYS_ftruncate, "closing an image: the end of its file"),
 ];
 
 const DISK: &[Rule] = &[
@@ -37,6 +47,6 @@ pub const POLICY: Policy = Policy {
         descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
         threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 2,
     },
-    control: &[RUNTIME, PROTOCOL],
+    control: &[RUNTIME, PROTOCOL, CLOSE],
     threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK])],
 };

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::direct::Alignment;
+use crate::limit;
 use crate::request::{LIFETIME, Limits, SERIAL};
 
 /// One disk's.
@@ -18,6 +19,8 @@ pub struct Shared {
     bytes: AtomicU64,
     secure_erase: bool,
     lifetime: Option<[u8; LIFETIME]>,
+    /// How much it may be used.
+    pub limits: limit::Limits,
 }
 
 /// What a disk can do, found out when it was opened.
@@ -36,11 +39,11 @@ impl Shared {
     pub fn new(bytes: u64, serial: [u8; SERIAL], direct: Option<Alignment>, abilities: Abilities) -> Shared {
         let Abilities { read_only, secure_erase, lifetime } = abilities;
         let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
-        Shared { serial, direct, read_only, writes_back, bytes, secure_erase, lifetime }
+        Shared { serial, direct, read_only, writes_back, bytes, secure_erase, lifetime, limits: limit::Limits::default() }
     }
 
     /// What requests are checked against.
-    pub fn limits(&self) -> Limits {
+    pub fn checks(&self) -> Limits {
         Limits {
             bytes: self.bytes(),
             read_only: self.read_only,

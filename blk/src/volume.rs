@@ -1,10 +1,12 @@
-//! Where the bytes of a disk are: one queue's view of the image.
+//! Where the bytes of a disk are: one queue's view of the image, in the terms of the queue.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
+use image::{Compressed, Error, FileId, Lookup, Shared};
+
 use crate::engine::File;
-use crate::image::Image;
+use crate::image::Disk;
 use crate::request::Range;
 
 /// Somebody has a range alone, and may be waiting for this queue.
@@ -12,8 +14,7 @@ use crate::request::Range;
 pub struct Busy;
 
 /// Keeps others from having a range alone.
-#[derive(Debug)]
-pub struct Guard;
+pub type Guard = Shared;
 
 /// Where a piece of the disk is.
 #[derive(Debug)]
@@ -22,33 +23,50 @@ pub enum Place {
     File(File, u64),
     /// Nowhere: it reads as zeroes.
     Zero,
+    /// In a compressed cluster.
+    Compressed(Compressed),
+    /// On a disk that keeps nothing.
+    Nothing,
 }
 
 /// One queue's view of an image.
 #[derive(Debug)]
 pub struct Volume {
-    image: Arc<Image>,
-    file: File,
+    disk: Arc<Disk>,
+    lookup: Lookup,
+    /// Files that were met, the last first: there are one or two in most images.
+    files: Vec<(FileId, File)>,
+    qcow2: bool,
 }
 
 impl Volume {
-    /// Of this image.
-    pub fn new(image: Arc<Image>) -> Volume {
-        let file = File::registered(image.file(), 0);
-        Volume { image, file }
+    /// Of this disk.
+    pub fn new(disk: Arc<Disk>) -> Volume {
+        let lookup = disk.image().lookup();
+        Volume { qcow2: disk.has_tables(), disk, lookup, files: Vec::new() }
     }
 
-    /// The file that a flush has to reach.
-    pub fn top(&self) -> Option<File> {
-        Some(self.file.clone())
+    /// The file that a flush has to reach, where a flush is nothing else.
+    pub fn top(&mut self) -> Option<File> {
+        let top = self.lookup.image().files().first().map(|file| file.id())?;
+        self.file(top).ok()
     }
 
-    /// Enters a range, together with others.
+    fn file(&mut self, id: FileId) -> io::Result<File> {
+        if let Some((_, file)) = self.files.iter().find(|(one, _)| *one == id) {
+            return Ok(file.clone());
+        }
+        let file = self.disk.file(id).ok_or(ErrorKind::NotFound)?;
+        self.files.push((id, file.clone()));
+        Ok(file)
+    }
+
+    /// Enters a range, together with others. `None`: nobody ever has a range of this disk alone.
     ///
     /// # Errors
     /// [`Busy`]: let go of all ranges and claims, then ask again.
-    pub fn share(&mut self, _offset: u64, _len: u32) -> Result<Option<Guard>, Busy> {
-        Ok(None)
+    pub fn share(&mut self, offset: u64, len: u32) -> Result<Option<Guard>, Busy> {
+        self.lookup.share(offset, len.into()).map(Some).map_err(|_| Busy)
     }
 
     /// Where the first bytes of a range are, and how many of them are there together.
@@ -56,20 +74,46 @@ impl Volume {
     /// # Errors
     /// The image's.
     pub fn map_read(&mut self, offset: u64, len: u32) -> io::Result<(u32, Place)> {
-        Ok((len, Place::File(self.file.clone(), offset)))
+        if self.disk.is_null() {
+            return Ok((len, Place::Nothing));
+        }
+        let extent = self.lookup.map_read(offset, len.into()).map_err(told)?;
+        let len = u32::try_from(extent.len).unwrap_or(len).min(len);
+        let place = match extent.place {
+            image::Place::Data { file, offset } => Place::File(self.file(file)?, offset),
+            image::Place::Zero => Place::Zero,
+            image::Place::Compressed(place) => Place::Compressed(place),
+        };
+        Ok((len, place))
     }
 
-    /// Where the first bytes of a range are to be written, how many of them go there, and whether that place is claimed.
+    /// The bytes of a compressed cluster from there to its end.
+    ///
+    /// # Errors
+    /// The image's.
+    pub fn inflate(&mut self, place: Compressed) -> io::Result<&[u8]> {
+        self.lookup.inflate(place).map_err(told)
+    }
+
+    /// Where the first bytes of a range are to be written, and how many of them go there.
     ///
     /// # Errors
     /// The image's; `ResourceBusy`: let go of all ranges and claims, then ask again.
-    pub fn map_write(&mut self, offset: u64, len: u32) -> io::Result<(u32, File, u64, bool)> {
-        Ok((len, self.file.clone(), offset, false))
+    pub fn map_write(&mut self, offset: u64, len: u32) -> io::Result<(u32, Place)> {
+        if self.disk.is_null() {
+            return Ok((len, Place::Nothing));
+        }
+        let extent = self.lookup.map_write(offset, len.into()).map_err(told)?;
+        let len = u32::try_from(extent.len).unwrap_or(len).min(len);
+        match extent.place {
+            image::Place::Data { file, offset } => Ok((len, Place::File(self.file(file)?, offset))),
+            _ => Err(io::Error::other("The image gives no place to write to")),
+        }
     }
 
     /// Whether there are claimed places.
     pub fn has_claims(&self) -> bool {
-        false
+        self.lookup.is_pending()
     }
 
     /// Makes claimed places, whose data is written, part of the image.
@@ -77,15 +121,21 @@ impl Volume {
     /// # Errors
     /// The image's. The claims are gone.
     pub fn commit(&mut self) -> io::Result<()> {
-        Ok(())
+        self.lookup.commit().map_err(told)
     }
 
-    /// Prepares for what was written to last. `true`: the top file has to be synced.
+    /// Makes what was written last. `true`: it does when the top file is synced.
     ///
     /// # Errors
     /// The image's.
     pub fn flush(&mut self) -> io::Result<bool> {
-        Ok(!self.image.read_only())
+        if self.disk.is_null() || !self.lookup.image().is_writable() {
+            return Ok(false);
+        }
+        if self.qcow2 {
+            self.lookup.flush().map_err(told)?;
+        }
+        Ok(!self.qcow2)
     }
 
     /// Gives the space of a range back.
@@ -93,7 +143,7 @@ impl Volume {
     /// # Errors
     /// The image's.
     pub fn discard(&mut self, range: &Range) -> io::Result<()> {
-        self.image.discard(range)
+        if range.len == 0 { Ok(()) } else { self.lookup.discard(range.offset, range.len).map_err(told) }
     }
 
     /// Turns a range into zeroes.
@@ -101,7 +151,7 @@ impl Volume {
     /// # Errors
     /// The image's.
     pub fn write_zeroes(&mut self, range: &Range) -> io::Result<()> {
-        self.image.write_zeroes(range)
+        if range.len == 0 { Ok(()) } else { self.lookup.zero(range.offset, range.len, range.unmap).map_err(told) }
     }
 
     /// Erases a range.
@@ -109,6 +159,15 @@ impl Volume {
     /// # Errors
     /// The image's.
     pub fn secure_erase(&mut self, _range: &Range) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+        Err(ErrorKind::Unsupported.into())
+    }
+}
+
+/// An image's error in the terms of a queue.
+fn told(error: Error) -> io::Error {
+    match error {
+        Error::Busy => ErrorKind::ResourceBusy.into(),
+        Error::Io(tried, error) => io::Error::new(error.kind(), format!("{tried}: {error}")),
+        other => io::Error::other(other),
     }
 }

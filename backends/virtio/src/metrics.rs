@@ -7,8 +7,10 @@ use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+mod histogram;
 pub mod page;
 
+pub use histogram::{BOUNDS, Histogram};
 pub use page::{Kind, Label};
 
 /// Queues that are counted apart; the composer starts no device with more.
@@ -111,6 +113,9 @@ pub struct Family {
     pub values: &'static [Counter],
 }
 
+/// A device's list of times, in its `metrics.rs`: the name ends in `_seconds`.
+pub type Times = (&'static str, &'static Histogram, &'static str);
+
 /// A device's list of counters, in its `metrics.rs`.
 pub type Named = (&'static str, &'static Counter, &'static str);
 
@@ -119,6 +124,14 @@ pub type Named = (&'static str, &'static Counter, &'static str);
 /// # Errors
 /// When the page cannot be used.
 pub fn publish(page: Option<OwnedFd>, own: &[Named], queues: u16) -> Result<(), page::Error> {
+    publish_with(page, own, &[], queues)
+}
+
+/// The same with times that are counted.
+///
+/// # Errors
+/// As [`publish`].
+pub fn publish_with(page: Option<OwnedFd>, own: &[Named], times: &[Times], queues: u16) -> Result<(), page::Error> {
     let one = |&(name, counter, help): &Named| {
         let values = std::slice::from_ref(counter);
         Family { name, help, kind: Kind::Counter, label: Label::None, values }
@@ -134,7 +147,14 @@ pub fn publish(page: Option<OwnedFd>, own: &[Named], queues: u16) -> Result<(), 
         let values = each.first(usize::from(queues));
         Family { name, help, kind: Kind::Counter, label: Label::Queue, values }
     });
-    show(page, &own.iter().map(one).chain(each).collect::<Vec<_>>())
+    let times = times.iter().map(|&(name, histogram, help)| Family {
+        name,
+        help,
+        kind: Kind::Histogram,
+        label: Label::None,
+        values: histogram.counters(),
+    });
+    show(page, &own.iter().map(one).chain(times).chain(each).collect::<Vec<_>>())
 }
 
 /// Shows these counters in `page`.

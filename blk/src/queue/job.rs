@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use virtio::worker::Ticket;
 use virtio::{Buffer, Chain};
@@ -10,6 +11,8 @@ use crate::engine::{File, Work};
 use crate::metrics;
 use crate::request::{self, Status};
 use crate::volume::Guard;
+
+use super::batch::Sort;
 
 /// An operation's id is its job's ticket above, and its number among those of its job in these lower bits.
 const PIECE_BITS: u32 = 32;
@@ -33,13 +36,16 @@ pub(super) struct Job {
     /// It has to be on the disk before the guest hears of it.
     pub(super) through: bool,
     pub(super) guard: Option<Guard>,
+    pub(super) sort: Sort,
+    /// When it was taken, as [`Batch`](super::batch::Batch) counts.
+    pub(super) began: Option<Instant>,
     moves: Vec<Move>,
 }
 
 impl Job {
     /// One that is being begun: that counts as an operation, so that it does not end before all of it was begun.
-    pub(super) fn new(answer: u32) -> Job {
-        Job { answer, left: 1, ..Job::default() }
+    pub(super) fn new(answer: u32, sort: Sort, began: Instant) -> Job {
+        Job { answer, left: 1, sort, began: Some(began), ..Job::default() }
     }
 
     /// All of it is begun.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 
 use virtio::metrics::page::Shown;
-use virtio::metrics::{Kind, Label};
+use virtio::metrics::{BOUNDS, Kind, Label};
 
 use super::Sample;
 
@@ -37,12 +37,31 @@ impl Families {
         let _a_string_takes_all = writeln!(family.samples, "outboard_{name}{total}{{{labels}}} {value}");
     }
 
+    /// Adds times: how many were at most how long, all of them, and their sum.
+    fn times(&mut self, labels: &str, shown: &Shown) {
+        let new = || Family { help: shown.help.clone(), kind: Kind::Histogram, samples: String::new() };
+        let family = self.0.entry(shown.name.clone()).or_insert_with(new);
+        let [steps @ .., sum] = shown.values.as_slice() else { return };
+        if family.kind != Kind::Histogram {
+            return;
+        }
+        let bounds = BOUNDS.iter().map(|micros| seconds(*micros)).chain(["+Inf".to_owned()]);
+        let (name, mut count) = (&shown.name, 0_u64);
+        for (bound, step) in bounds.zip(steps) {
+            count = count.saturating_add(*step);
+            let _a_string_takes_all = writeln!(family.samples, "outboard_{name}_bucket{{{labels},le=\"{bound}\"}} {count}");
+        }
+        let _a_string_takes_all = writeln!(family.samples, "outboard_{name}_count{{{labels}}} {count}");
+        let _a_string_takes_all = writeln!(family.samples, "outboard_{name}_sum{{{labels}}} {}", seconds(*sum));
+    }
+
     fn write(&self) -> String {
         let mut text = String::new();
         for (name, family) in &self.0 {
             let kind = match family.kind {
                 Kind::Counter => "counter",
                 Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
             };
             text.push_str(&format!("# TYPE outboard_{name} {kind}\n"));
             for unit in ["seconds", "bytes"].into_iter().filter(|unit| name.ends_with(&format!("_{unit}"))) {
@@ -53,6 +72,10 @@ impl Families {
         text.push_str("# EOF\n");
         text
     }
+}
+
+fn seconds(micros: u64) -> String {
+    format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000)
 }
 
 /// A machine in text. Its name and those of its devices have no character that would have to be escaped.
@@ -94,6 +117,9 @@ fn of_process(families: &mut Families, labels: &str, sample: &Sample) {
 }
 
 fn of_counter(families: &mut Families, labels: &str, shown: &Shown, devices: &[&str]) {
+    if shown.kind == Kind::Histogram {
+        return families.times(labels, shown);
+    }
     for (index, value) in shown.values.iter().enumerate() {
         let more = match shown.label {
             Label::None => String::new(),

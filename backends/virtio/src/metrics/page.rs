@@ -41,6 +41,8 @@ pub enum Kind {
     Counter,
     /// It goes up and down.
     Gauge,
+    /// How often something took how long: see [`super::Histogram`].
+    Histogram,
 }
 
 /// What the values of one name differ in.
@@ -131,6 +133,7 @@ fn tail(family: &Family) -> [u8; 4] {
     let kind = match family.kind {
         Kind::Counter => 0,
         Kind::Gauge => 1,
+        Kind::Histogram => 2,
     };
     let label = match family.label {
         Label::None => 0,
@@ -195,10 +198,11 @@ fn family(text: &[u8], values: Vec<u64>) -> Option<Shown> {
     let kind = match text.get(NAME + HELP)? {
         0 => Kind::Counter,
         1 => Kind::Gauge,
+        2 if values.len() == super::BOUNDS.len().saturating_add(2) => Kind::Histogram,
         _ => return None,
     };
     let label = match text.get(NAME + HELP + 1)? {
-        0 if values.len() == 1 => Label::None,
+        0 if values.len() == 1 || kind == Kind::Histogram => Label::None,
         1 => Label::Queue,
         2 => Label::Device,
         _ => return None,

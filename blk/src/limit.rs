@@ -1,0 +1,169 @@
+//! Limits on how much a disk is used: operations and bytes in a second, each with a burst.
+//!
+//! # Theory of operation
+//!
+//! A limit is one number that all queues share, the time up to which what was admitted has been paid for, and paying is one exchange of
+//! that number: no lock, and no thread that fills buckets. A request is admitted while that time is not further ahead of now than a
+//! burst lasts. What it costs is known only when it has been looked at, so it is admitted first and pays afterwards: the next one
+//! waits for it. (This is a token bucket with the tokens written as time.)
+//!
+//! The rates may change at any moment, from the control thread. A *group* of disks shares one set of these numbers, in memory that the
+//! composer gives to each of their processes.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+const SECOND: u64 = 1_000_000_000;
+
+/// Longest burst, in seconds at the full rate: more is no limit any more.
+const LONGEST_BURST: u64 = 60;
+
+/// What is allowed in a second, and at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rate {
+    /// In a second; zero: as much as there is.
+    pub per_second: u64,
+    /// At once, after a pause; zero: as much as in a tenth of a second.
+    pub burst: u64,
+}
+
+/// One limit.
+#[derive(Debug, Default)]
+pub struct Limit {
+    per_second: AtomicU64,
+    /// Nanoseconds.
+    burst: AtomicU64,
+    /// Up to when it is paid, in nanoseconds of [`now`].
+    paid: AtomicU64,
+}
+
+impl Limit {
+    /// Sets the rate. What was used before counts as paid.
+    pub fn set(&self, rate: Rate) {
+        let per_second = rate.per_second.max(1);
+        let burst = if rate.burst == 0 { SECOND / 10 } else { cost(rate.burst, per_second) };
+        self.burst.store(burst.min(LONGEST_BURST * SECOND), Ordering::Relaxed);
+        self.paid.store(0, Ordering::Relaxed);
+        self.per_second.store(rate.per_second, Ordering::Release);
+    }
+
+    fn is_set(&self) -> bool {
+        self.per_second.load(Ordering::Acquire) != 0
+    }
+
+    /// How long to wait before the next request.
+    fn wait(&self, now: u64) -> u64 {
+        if !self.is_set() {
+            return 0;
+        }
+        let ahead = self.paid.load(Ordering::Relaxed).saturating_sub(now);
+        ahead.saturating_sub(self.burst.load(Ordering::Relaxed))
+    }
+
+    fn pay(&self, amount: u64, now: u64) {
+        let per_second = self.per_second.load(Ordering::Acquire);
+        if per_second == 0 || amount == 0 {
+            return;
+        }
+        let cost = cost(amount, per_second);
+        let later = |paid: u64| Some(paid.max(now).saturating_add(cost));
+        let _always_some = self.paid.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
+    }
+}
+
+/// Nanoseconds that so much takes.
+fn cost(amount: u64, per_second: u64) -> u64 {
+    u64::try_from(u128::from(amount) * u128::from(SECOND) / u128::from(per_second.max(1))).unwrap_or(u64::MAX)
+}
+
+/// The limits of a disk.
+#[derive(Debug, Default)]
+pub struct Limits {
+    operations: Limit,
+    bytes: Limit,
+}
+
+impl Limits {
+    /// Sets both.
+    pub fn set(&self, operations: Rate, bytes: Rate) {
+        self.operations.set(operations);
+        self.bytes.set(bytes);
+    }
+
+    /// How long the next request has to wait, if it has to.
+    pub fn wait(&self) -> Option<Duration> {
+        if !self.operations.is_set() && !self.bytes.is_set() {
+            return None;
+        }
+        let now = now();
+        let wait = self.operations.wait(now).max(self.bytes.wait(now));
+        (wait > 0).then(|| Duration::from_nanos(wait))
+    }
+
+    /// A request of so many bytes is being served.
+    pub fn pay(&self, bytes: u64) {
+        if self.operations.is_set() || self.bytes.is_set() {
+            let now = now();
+            self.operations.pay(1, now);
+            self.bytes.pay(bytes, now);
+        }
+    }
+}
+
+/// Nanoseconds of the one clock that all processes of a machine share.
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let (seconds, rest) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
+    seconds.saturating_mul(SECOND).saturating_add(rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_passes_at_once_and_the_rest_at_the_rate() {
+        let limit = Limit::default();
+        assert_eq!(limit.wait(0), 0, "nothing is limited");
+        limit.set(Rate { per_second: 100, burst: 10 });
+        let admitted = |until: u64| {
+            let (mut now, mut count) = (1, 0);
+            while now <= until {
+                match limit.wait(now) {
+                    0 => {
+                        limit.pay(1, now);
+                        count += 1;
+                    }
+                    wait => now += wait,
+                }
+            }
+            count
+        };
+        // Ten and one at once, and a hundred a second after that.
+        assert_eq!(admitted(SECOND), 111);
+    }
+
+    #[test]
+    fn one_large_request_passes_and_is_paid_for_by_the_next() {
+        let limit = Limit::default();
+        limit.set(Rate { per_second: 1000, burst: 100 });
+        assert_eq!(limit.wait(1), 0);
+        limit.pay(5000, 1);
+        assert_eq!(limit.wait(1), 5 * SECOND - SECOND / 10);
+        limit.set(Rate { per_second: 1000, burst: 100 });
+        assert_eq!(limit.wait(1), 0, "a new rate begins anew");
+    }
+
+    #[test]
+    fn numbers_without_measure_do_no_harm() {
+        let limit = Limit::default();
+        limit.set(Rate { per_second: 1, burst: u64::MAX });
+        limit.pay(u64::MAX, u64::MAX - 1);
+        assert!(limit.wait(0) > 0);
+        limit.set(Rate { per_second: u64::MAX, burst: 1 });
+        limit.pay(u64::MAX, 0);
+        assert_eq!(limit.wait(2 * SECOND), 0);
+    }
+}
