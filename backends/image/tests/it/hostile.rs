@@ -96,7 +96,7 @@ fn mappings_that_cannot_be_are_errors_and_end_all_writing() {
         ("the middle of a cluster", (5 * cluster + 512) | copied),
         ("beyond the end", (100 * cluster) | copied),
         ("far beyond the end", 0x00ff_ffff_ffff_0000 | copied),
-        ("reserved bits", 5 * cluster | copied | 4),
+        ("reserved bits", (5 * cluster) | copied | 4),
         ("compressed and copied", copied | (1 << 62) | (5 * cluster)),
         ("compressed beyond the end", (1 << 62) | (100 * cluster)),
     ];
