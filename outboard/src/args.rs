@@ -45,6 +45,8 @@ pub enum Command {
     ///
     /// Exit status: 0 all is as it should be, 1 something is missing.
     Doctor(Doctor),
+    /// Make disk images, say what they are, and look for what is wrong with them
+    Image(Image),
     /// Print a shell's completions of this command
     Completions(Completions),
     /// Print this command's manual page, or write all pages
@@ -254,6 +256,96 @@ pub struct Logs {
     /// Only what is not older: 90s, 5m, 2h or 1d, or a moment such as 2026-11-22T10:43 (UTC)
     #[arg(long, value_name = "WHEN", value_parser = moment::since)]
     pub since: Option<String>,
+}
+
+/// Disk images.
+#[derive(Debug, clap::Args)]
+pub struct Image {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ImageCommand,
+}
+
+/// What to do with a disk image.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Make an empty image; a file that is there is never overwritten
+    Create(ImageCreate),
+    /// Say what an image's header says
+    Info(ImageInfo),
+    /// Look for errors and for clusters that are counted and not used
+    ///
+    /// Exit status: 0 nothing is wrong (any more), 1 it cannot be read, 2 wrong usage, 3 clusters are leaked, 4 it is corrupt.
+    Check(ImageCheck),
+}
+
+/// What an image is written in. It is never guessed: a guest can write any header into its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// The disk, byte for byte.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+/// Make an image.
+#[derive(Debug, clap::Args)]
+pub struct ImageCreate {
+    /// The new file
+    pub path: PathBuf,
+    /// What it is written in
+    #[arg(long)]
+    pub format: ImageFormat,
+    /// The disk's size, such as 20G [default: that of the backing image]
+    #[arg(long)]
+    pub size: Option<String>,
+    /// The image below this one, as the new image names it: from its own folder, or absolute
+    #[arg(long, value_name = "PATH", requires = "backing_format")]
+    pub backing: Option<PathBuf>,
+    /// What the backing image is written in
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<ImageFormat>,
+    /// qcow2: the size of a cluster, 512 to 2M [default: 64K]
+    #[arg(long, value_name = "SIZE")]
+    pub cluster_size: Option<String>,
+    /// qcow2: clusters of 32 parts that are copied one by one, for small writes over a backing image
+    #[arg(long)]
+    pub subclusters: bool,
+    /// qcow2: bits of a reference count, 1 to 64
+    #[arg(long, value_name = "BITS", default_value_t = 16)]
+    pub refcount_bits: u32,
+    /// qcow2: the version, 2 or 3
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub qcow2_version: u32,
+}
+
+/// Say what an image is.
+#[derive(Debug, clap::Args)]
+pub struct ImageInfo {
+    /// The image
+    pub path: PathBuf,
+    /// What it is written in
+    #[arg(long)]
+    pub format: ImageFormat,
+    /// For programs: JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Look for what is wrong.
+#[derive(Debug, clap::Args)]
+pub struct ImageCheck {
+    /// The image, which nobody may have open for writing
+    pub path: PathBuf,
+    /// What it is written in
+    #[arg(long)]
+    pub format: ImageFormat,
+    /// Give leaked clusters back, and set the counts of an image right that is marked dirty
+    #[arg(long)]
+    pub repair: bool,
+    /// For programs: JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Print completions.

@@ -31,6 +31,7 @@ pub mod control;
 pub mod doctor;
 pub mod error;
 pub mod events;
+pub mod images;
 pub mod janitor;
 pub mod journal;
 pub mod logs;
@@ -69,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Top(args) => top::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Logs(args) => logs::run(&args),
+        Command::Image(args) => images::run(&args),
         Command::Completions(args) => pages::completions(&args),
         Command::Man(args) => pages::man(&args),
         Command::Doctor(args) => doctor::run(&args),

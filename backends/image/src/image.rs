@@ -126,11 +126,11 @@ impl Image {
         }
     }
 
-    /// Makes the disk larger. What is new reads as zeroes.
+    /// Makes the disk larger. What is new reads as zeroes. The caller holds no range, and has nothing pending.
     ///
     /// # Errors
     /// When it would become smaller, or when a backing file would show through at its end.
-    pub fn resize(&self, size: u64) -> Result<()> {
+    pub fn resize(self: &Arc<Self>, size: u64) -> Result<()> {
         let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let chain = self.chain();
         let old = self.size();
@@ -150,7 +150,12 @@ impl Image {
                 bytes.store(size, Ordering::Release);
                 Ok(())
             }
-            Node::Qcow2(image) => image.grow(size),
+            Node::Qcow2(image) => {
+                image.grow(size)?;
+                // Nobody has looked after what was behind the end in the last cluster.
+                let tail = old.next_multiple_of(image.geometry().cluster_size()).min(size).saturating_sub(old);
+                self.lookup().zero(old, tail, true)
+            }
         }
     }
 

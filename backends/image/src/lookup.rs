@@ -12,6 +12,7 @@
 mod write;
 mod zero;
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::chain::{Chain, Node};
@@ -65,13 +66,26 @@ pub struct Compressed {
 #[derive(Debug)]
 pub struct Lookup {
     image: Arc<Image>,
-    chain: Arc<Chain>,
+    chain: Arc<Own>,
     generation: u64,
     owner: u64,
     held: Box<[Option<Held>]>,
     lane: Arc<Lane>,
     pending: Vec<Pending>,
     inflated: Option<(FileId, u64, Box<[u8]>)>,
+}
+
+/// A queue's own reference to the chain: to keep it alive for a moment counts in a word that no other queue writes to.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Own(Arc<Chain>);
+
+impl Deref for Own {
+    type Target = Chain;
+
+    fn deref(&self) -> &Chain {
+        &self.0
+    }
 }
 
 /// A slice that was used, with the depth of its image and its number there.
@@ -91,7 +105,7 @@ impl Drop for Lookup {
 
 impl Lookup {
     pub(crate) fn new(image: Arc<Image>, owner: u64) -> Lookup {
-        let (chain, generation, lane) = (image.chain(), image.generation(), image.ranges.lane());
+        let (chain, generation, lane) = (Arc::new(Own(image.chain())), image.generation(), image.ranges.lane());
         let held = (0..1_usize << HELD_BITS).map(|_| None).collect();
         Lookup { image, chain, generation, owner, held, lane, pending: Vec::new(), inflated: None }
     }
@@ -111,7 +125,7 @@ impl Lookup {
     /// # Errors
     /// [`Error::Busy`]: somebody has it alone, and this queue holds other ranges or claims. Let them go, and try again.
     pub fn share(&mut self, offset: u64, len: u64) -> Result<Shared> {
-        self.image.ranges.share(&self.lane, offset, len, self.pending.is_empty())
+        self.lane.share(offset, len, self.pending.is_empty())
     }
 
     /// Where so many bytes are, or the first of them.
@@ -133,7 +147,7 @@ impl Lookup {
     fn refresh(&mut self) {
         let generation = self.image.generation();
         if generation != self.generation {
-            (self.chain, self.generation) = (self.image.chain(), generation);
+            (self.chain, self.generation) = (Arc::new(Own(self.image.chain())), generation);
             self.held.iter_mut().for_each(|held| *held = None);
             self.inflated = None;
         }

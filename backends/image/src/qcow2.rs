@@ -47,7 +47,7 @@ use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::inflate::inflate;
 use crate::qcow2::geometry::{COPIED, Entry, Geometry, Kind, OFFSET};
-use crate::qcow2::header::{BITMAPS, Header};
+use crate::qcow2::header::{BITMAPS, Header, RAW_EXTERNAL};
 use crate::qcow2::refcounts::Refcounts;
 use crate::qcow2::space::{MOST_FREED, Space};
 use crate::qcow2::tables::{L1, Slice, Tables};
@@ -75,14 +75,33 @@ pub(crate) struct Qcow2 {
 /// What only those look at who change where things are.
 #[derive(Debug)]
 pub(crate) struct Meta {
-    pub(crate) space: Space,
+    /// Only of an image that is written to.
+    space: Option<Space>,
     /// Guest clusters that somebody is allocating or copying.
     pub(crate) claims: BTreeMap<u64, u64>,
 }
 
+impl Meta {
+    pub(crate) fn space(&mut self) -> Result<&mut Space> {
+        self.space.as_mut().ok_or(Error::ReadOnly)
+    }
+
+    /// Nothing points at these clusters any more, as of now.
+    pub(crate) fn free(&mut self, guest: Option<(u64, u64)>, first: u64, count: u64) {
+        if let Some(space) = &mut self.space {
+            space.free(guest, first, count);
+        }
+    }
+
+    /// What was freed last, and how much waits to be given back.
+    fn freed(&self) -> (u64, usize) {
+        self.space.as_ref().map_or((0, 0), |space| (space.ticket(), space.freed()))
+    }
+}
+
 impl Qcow2 {
     /// Opens an image whose header has been read. `room`: slices to keep in memory.
-    pub(crate) fn open(layer: &Layer, header: Header, writable: bool, room: usize) -> Result<Qcow2> {
+    pub(crate) fn open(layer: &Layer, mut header: Header, writable: bool, room: usize) -> Result<Qcow2> {
         header.usable()?;
         let (file, data) = (Arc::clone(&layer.file), layer.data.clone());
         match (header.geometry.external, data.is_some()) {
@@ -91,17 +110,17 @@ impl Qcow2 {
             _ => {}
         }
         if writable {
-            prepare(&file, data.as_deref(), &header)?;
+            prepare(&file, data.as_deref(), &mut header)?;
         }
         let readable =
             if writable { u64::MAX } else { data.as_ref().unwrap_or(&file).len().map_err(Error::io("Cannot find its size"))? };
-        let refs = Refcounts::open(Arc::clone(&file), &header)?;
-        let (metadata, sound) = metadata(&header, &refs, &*file)?;
+        let refs = if writable { Some(Refcounts::open(Arc::clone(&file), &header)?) } else { None };
+        let (metadata, sound) = metadata(&header, refs.as_ref(), &*file)?;
         let tables = Tables::open(Arc::clone(&file), header.geometry, (header.l1_offset, header.l1_size), metadata, room)?;
         if !sound {
             tables.mark_corrupt();
         }
-        let space = Space::new(Arc::clone(&file), header.clone(), refs, &tables);
+        let space = refs.map(|refs| Space::new(Arc::clone(&file), header.clone(), refs, &tables));
         Ok(Qcow2 {
             size: AtomicU64::new(header.size),
             readable: AtomicU64::new(readable),
@@ -171,7 +190,7 @@ impl Qcow2 {
         if old & COPIED != 0 {
             return Ok(());
         }
-        let (table, _) = meta.space.take(1, &self.tables)?;
+        let (table, _) = meta.space()?.take(1, &self.tables)?;
         let offset = self.geometry().start(table);
         if old == 0 {
             // It is zeroes, durably: no entry is there, whatever else a crash takes.
@@ -183,7 +202,7 @@ impl Qcow2 {
         self.tables.link(index, offset)?;
         let old = self.geometry().cluster(old & OFFSET);
         self.tables.remove_metadata(old);
-        meta.space.free(None, old, 1);
+        meta.free(None, old, 1);
         Ok(())
     }
 
@@ -192,11 +211,11 @@ impl Qcow2 {
         let g = self.geometry();
         let guest = Some((g.start(cluster), g.cluster_size()));
         match old.kind(g) {
-            Kind::Data(host) | Kind::Zero(Some(host)) if !g.external => meta.space.free(guest, g.cluster(host), 1),
+            Kind::Data(host) | Kind::Zero(Some(host)) if !g.external => meta.free(guest, g.cluster(host), 1),
             Kind::Compressed => {
                 let (offset, len) = g.compressed(old.word);
                 let (first, last) = (g.cluster(offset), g.cluster(offset.saturating_add(len).saturating_sub(1)));
-                meta.space.free(guest, first, last.saturating_sub(first).saturating_add(1));
+                meta.free(guest, first, last.saturating_sub(first).saturating_add(1));
             }
             _ => {}
         }
@@ -212,14 +231,14 @@ impl Qcow2 {
 
     /// A barrier: what was written is durable, and what was freed before is given back.
     pub(crate) fn flush(&self, ranges: &Ranges) -> Result<()> {
-        let ticket = self.meta().space.ticket();
+        let (ticket, _) = self.meta().freed();
         if let Some(data) = &self.data {
             data.sync().map_err(Error::io("Cannot make the data of the image durable"))?;
         }
         self.file.sync().map_err(Error::io("Cannot make the image durable"))?;
         let mut meta = self.meta();
-        if meta.space.freed() > 0 && !self.tables.is_corrupt() {
-            match meta.space.settle(ticket, Some(ranges)) {
+        if meta.freed().1 > 0 && !self.tables.is_corrupt() {
+            match meta.space()?.settle(ticket, Some(ranges)) {
                 // Everything of the guest's is durable; only space cannot be given back.
                 Err(Error::Corrupt(_)) => self.tables.mark_corrupt(),
                 other => other?,
@@ -230,7 +249,7 @@ impl Qcow2 {
 
     /// A barrier, if so much was freed that the list of it grows long.
     pub(crate) fn settle(&self, ranges: &Ranges) -> Result<()> {
-        if self.meta().space.freed() > MOST_FREED { self.flush(ranges) } else { Ok(()) }
+        if self.meta().freed().1 > MOST_FREED { self.flush(ranges) } else { Ok(()) }
     }
 
     /// Gives the reserve back, takes the mark away, and is read-only from now on. Nothing may be in flight.
@@ -246,9 +265,11 @@ impl Qcow2 {
             return Ok(());
         }
         let mut meta = self.meta();
-        let ticket = meta.space.ticket();
-        meta.space.settle(ticket, None)?;
-        meta.space.close(&self.tables)?;
+        let (ticket, _) = meta.freed();
+        if let Some(mut space) = meta.space.take() {
+            space.settle(ticket, None)?;
+            space.close(&self.tables)?;
+        }
         let len = self.data_file().len().map_err(Error::io("Cannot find the size of the image"))?;
         self.readable.store(len, Ordering::Relaxed);
         Ok(())
@@ -267,7 +288,7 @@ impl Qcow2 {
         self.check_writable()?;
         let g = self.geometry();
         let mut meta = self.meta();
-        meta.space.touch()?;
+        meta.space()?.touch()?;
         let entries = g.l1_entries(size);
         let (offset, len) = self.tables.with_l1(|l1| (l1.offset, l1.entries.len() as u64));
         if entries.saturating_mul(8) > header::MAX_L1 {
@@ -277,16 +298,16 @@ impl Qcow2 {
             data.set_len(g.start(g.clusters(size))).map_err(Error::io("Cannot lengthen the data file of the image"))?;
         }
         if entries <= len {
-            meta.space.write_shape(size, (offset, len))?;
+            meta.space()?.write_shape(size, (offset, len))?;
         } else {
             let clusters = g.clusters(entries.saturating_mul(8));
-            let first = meta.space.take_run(clusters, &self.tables)?;
+            let first = meta.space()?.take_run(clusters, &self.tables)?;
             let mut all = self.tables.with_l1(|l1| l1.entries.clone());
             all.resize(usize::try_from(entries).unwrap_or(usize::MAX), 0);
             let bytes: Vec<u8> = all.iter().flat_map(|entry| entry.to_be_bytes()).collect();
             self.file.write_at(&bytes, g.start(first)).map_err(Error::io("Cannot write the L1 table of the image"))?;
             self.file.sync().map_err(Error::io("Cannot make the L1 table of the image durable"))?;
-            meta.space.write_shape(size, (g.start(first), entries))?;
+            meta.space()?.write_shape(size, (g.start(first), entries))?;
             self.tables.set_l1(L1 { offset: g.start(first), entries: all });
             for cluster in first..first.saturating_add(clusters) {
                 self.tables.add_metadata(cluster);
@@ -294,7 +315,7 @@ impl Qcow2 {
             let (old, count) = (g.cluster(offset), g.clusters(len.saturating_mul(8)));
             (old..old.saturating_add(count)).for_each(|cluster| self.tables.remove_metadata(cluster));
             if count > 0 {
-                meta.space.free(None, old, count);
+                meta.free(None, old, count);
             }
         }
         self.size.store(size, Ordering::Release);
@@ -303,8 +324,9 @@ impl Qcow2 {
 }
 
 /// Before an image is written to: what a crash left is repaired, and its files are as long as they have to be.
-fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &Header) -> Result<()> {
+fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &mut Header) -> Result<()> {
     if header.autoclear & BITMAPS != 0 {
+        // They would have to be kept up to date with each write.
         return Error::refused(
             "It has persistent bitmaps, which would miss what is written here; remove them with `qemu-img bitmap --remove`",
         );
@@ -312,7 +334,7 @@ fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &Header)
     if file.fixed() {
         return Error::refused("It is on a block device, where it cannot grow; only files can be written to");
     }
-    let g = &header.geometry;
+    let g = header.geometry;
     let longer = |file: &dyn Storage, to: u64| match file.len() {
         Ok(len) if len < to => file.set_len(to),
         other => other.map(drop),
@@ -322,6 +344,7 @@ fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &Header)
     if let Some(data) = data {
         longer(data, g.start(g.clusters(header.size))).map_err(Error::io("Cannot lengthen the data file of the image"))?;
     }
+    mark::clear_autoclear(&**file, header, RAW_EXTERNAL)?;
     if header.mark.is_none_or(|(_, in_use)| in_use) {
         let report = check::check(file, true)?;
         if let Some(error) = report.errors.first() {
@@ -332,7 +355,7 @@ fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &Header)
 }
 
 /// The clusters that hold metadata other than L2 tables, and whether none is said to hold two things.
-fn metadata(header: &Header, refs: &Refcounts, file: &dyn Storage) -> Result<(BTreeSet<u64>, bool)> {
+fn metadata(header: &Header, refs: Option<&Refcounts>, file: &dyn Storage) -> Result<(BTreeSet<u64>, bool)> {
     let g = &header.geometry;
     let mut all = BTreeSet::from([0]);
     let mut add = |offset: u64, len: u64| {
@@ -347,7 +370,10 @@ fn metadata(header: &Header, refs: &Refcounts, file: &dyn Storage) -> Result<(BT
             sound &= add(snapshot.l1_offset, snapshot.l1_size.saturating_mul(8));
         }
     }
-    sound &= refs.note(header.table_clusters, &mut all);
+    // What is only read needs no refcounts, and a long chain should not keep them.
+    if let Some(refs) = refs {
+        sound &= refs.note(header.table_clusters, &mut all);
+    }
     Ok((all, sound))
 }
 

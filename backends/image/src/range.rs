@@ -22,9 +22,11 @@ const SLOTS: usize = 256;
 /// Bytes of a unit, as a power of two, at least: 4 KiB, so that 16 TiB have 32-bit numbers.
 const UNIT_BITS: u32 = 12;
 
-/// The ranges one queue is in.
+/// The ranges one queue is in. In cache lines of its own: it is written to with each request.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct Lane {
+    ranges: Arc<Ranges>,
     slots: Box<[AtomicU64]>,
 }
 
@@ -46,7 +48,6 @@ struct State {
 /// A range that others may share. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Shared {
-    ranges: Arc<Ranges>,
     lane: Arc<Lane>,
     slot: usize,
 }
@@ -61,6 +62,46 @@ pub struct Exclusive {
 impl Lane {
     fn is_idle(&self) -> bool {
         self.slots.iter().all(|slot| slot.load(Ordering::SeqCst) == 0)
+    }
+
+    /// Shares a range. `may_wait`: the caller holds no claims.
+    pub(crate) fn share(self: &Arc<Self>, offset: u64, len: u64, may_wait: bool) -> Result<Shared> {
+        let packed = self.ranges.pack(offset, len);
+        let free = self.slots.iter().position(|slot| slot.load(Ordering::Relaxed) == 0).ok_or(Error::Busy)?;
+        let word = self.slots.get(free).ok_or(Error::Busy)?;
+        word.store(packed, Ordering::SeqCst);
+        if self.ranges.exclusives.load(Ordering::SeqCst) != 0 {
+            let mut state = self.ranges.state();
+            while state.held.iter().any(|held| overlap(*held, packed)) {
+                word.store(0, Ordering::SeqCst);
+                self.ranges.changed.notify_all();
+                // The holder may be waiting for another range of ours, or for a claim of ours.
+                if !may_wait || !self.is_idle() {
+                    return Err(Error::Busy);
+                }
+                state = self.ranges.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            word.store(packed, Ordering::SeqCst);
+        }
+        Ok(Shared { lane: Arc::clone(self), slot: free })
+    }
+
+    /// Has a range alone.
+    pub(crate) fn exclude(self: &Arc<Self>, offset: u64, len: u64) -> Result<Exclusive> {
+        if !self.is_idle() {
+            return Err(Error::Busy);
+        }
+        let packed = self.ranges.pack(offset, len);
+        let mut state = self.ranges.state();
+        while state.held.iter().any(|held| overlap(*held, packed)) {
+            state = self.ranges.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.held.push(packed);
+        self.ranges.exclusives.fetch_add(1, Ordering::SeqCst);
+        while state.lanes.iter().any(|lane| lane.overlaps(packed)) {
+            state = self.ranges.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(Exclusive { ranges: Arc::clone(&self.ranges), packed })
     }
 
     fn overlaps(&self, packed: u64) -> bool {
@@ -91,9 +132,9 @@ impl Ranges {
     }
 
     /// A lane for one more queue.
-    pub(crate) fn lane(&self) -> Arc<Lane> {
+    pub(crate) fn lane(self: &Arc<Self>) -> Arc<Lane> {
         let slots = (0..SLOTS).map(|_| AtomicU64::new(0)).collect();
-        let lane = Arc::new(Lane { slots });
+        let lane = Arc::new(Lane { ranges: Arc::clone(self), slots });
         self.state().lanes.push(Arc::clone(&lane));
         lane
     }
@@ -109,46 +150,6 @@ impl Ranges {
         (unit(offset) << 32) | last.saturating_add(1)
     }
 
-    /// Shares a range. `may_wait`: the caller holds no claims.
-    pub(crate) fn share(self: &Arc<Self>, lane: &Arc<Lane>, offset: u64, len: u64, may_wait: bool) -> Result<Shared> {
-        let packed = self.pack(offset, len);
-        let free = lane.slots.iter().position(|slot| slot.load(Ordering::Relaxed) == 0).ok_or(Error::Busy)?;
-        let word = lane.slots.get(free).ok_or(Error::Busy)?;
-        word.store(packed, Ordering::SeqCst);
-        if self.exclusives.load(Ordering::SeqCst) != 0 {
-            let mut state = self.state();
-            while state.held.iter().any(|held| overlap(*held, packed)) {
-                word.store(0, Ordering::SeqCst);
-                self.changed.notify_all();
-                // The holder may be waiting for another range of ours, or for a claim of ours.
-                if !may_wait || !lane.is_idle() {
-                    return Err(Error::Busy);
-                }
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-            word.store(packed, Ordering::SeqCst);
-        }
-        Ok(Shared { ranges: Arc::clone(self), lane: Arc::clone(lane), slot: free })
-    }
-
-    /// Has a range alone.
-    pub(crate) fn exclude(self: &Arc<Self>, lane: &Arc<Lane>, offset: u64, len: u64) -> Result<Exclusive> {
-        if !lane.is_idle() {
-            return Err(Error::Busy);
-        }
-        let packed = self.pack(offset, len);
-        let mut state = self.state();
-        while state.held.iter().any(|held| overlap(*held, packed)) {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.held.push(packed);
-        self.exclusives.fetch_add(1, Ordering::SeqCst);
-        while state.lanes.iter().any(|lane| lane.overlaps(packed)) {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        Ok(Exclusive { ranges: Arc::clone(self), packed })
-    }
-
     /// Whether nobody is in a range at this moment. Who comes later sees what was changed before this was asked.
     pub(crate) fn is_quiet(&self, offset: u64, len: u64) -> bool {
         let packed = self.pack(offset, len);
@@ -161,9 +162,10 @@ impl Drop for Shared {
         if let Some(slot) = self.lane.slots.get(self.slot) {
             slot.store(0, Ordering::SeqCst);
         }
-        if self.ranges.exclusives.load(Ordering::SeqCst) != 0 {
-            let _state = self.ranges.state();
-            self.ranges.changed.notify_all();
+        let ranges = &self.lane.ranges;
+        if ranges.exclusives.load(Ordering::SeqCst) != 0 {
+            let _state = ranges.state();
+            ranges.changed.notify_all();
         }
     }
 }

@@ -39,6 +39,24 @@ pub fn confine(limits: &Limits, floor: Floor) -> Result<Kernel> {
     Ok(kernel)
 }
 
+/// The same for a process of a person's own that has opened one thing, is about to read what somebody else wrote in it, and ends
+/// then. It is in no namespaces; it reaches nothing by a path or a new socket all the same, and gains nothing by what it executes.
+/// Afterwards a [`crate::Filter`] says what it may call.
+///
+/// # Errors
+/// When the kernel has no Landlock, or a step fails. The process must end then.
+pub fn enclose() -> Result<Kernel> {
+    let kernel = Kernel::running();
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(Error::step("set a limit"))?;
+    set_no_new_privs(true).map_err(Error::step("give up new privileges"))?;
+    if kernel.refuses_executable_memory {
+        sys::refuse_executable_memory().map_err(Error::step("refuse executable memory"))?;
+    }
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(Error::step("refuse to be traced"))?;
+    enter_landlock(kernel.landlock)?;
+    Ok(kernel)
+}
+
 /// A new user namespace would bring all capabilities back, dropped or not. The limit is per namespace and is inherited.
 fn forbid_user_namespaces() -> Result<()> {
     let step = || Error::step("forbid further user namespaces");

@@ -31,7 +31,7 @@ mod spawn;
 #[expect(unsafe_code, reason = "clone3, execve and the few calls that no safe wrapper offers")]
 mod sys;
 
-pub use confine::{Limits, confine};
+pub use confine::{Limits, confine, enclose};
 pub use error::Error;
 pub use filter::{Filter, Rule, When, allow, allow_if};
 pub use floor::{Floor, Kernel};

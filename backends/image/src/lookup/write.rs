@@ -45,6 +45,9 @@ impl Lookup {
     pub fn map_write(&mut self, offset: u64, len: u64) -> Result<Extent> {
         self.refresh();
         self.check_range(offset, len)?;
+        if len == 0 {
+            return Ok(Extent { len, place: Place::Zero });
+        }
         let chain = Arc::clone(&self.chain);
         match chain.nodes.first().map(|node| &**node) {
             Some(Node::Raw { file, writable: true, .. }) => Ok(Extent { len, place: Place::Data { file: file.id(), offset } }),
@@ -160,6 +163,7 @@ impl Lookup {
     /// Claims this cluster, and those after it that need a place too and get one right behind.
     fn claim(&mut self, image: &Qcow2, meta: &mut Meta, first: u64, wanted: u64) -> Result<()> {
         let g = *image.geometry();
+        meta.space()?.touch()?;
         image.own_table(meta, first)?;
         let old = self.entry(0, image, first)?;
         let stays = g.extended && old.is_copied() && matches!(old.kind(&g), Kind::Data(_));
@@ -180,7 +184,7 @@ impl Lookup {
             }
             olds.push(old);
         }
-        let (host, got) = meta.space.take(olds.len() as u64, &image.tables)?;
+        let (host, got) = meta.space()?.take(olds.len() as u64, &image.tables)?;
         for (step, old) in (0..got).zip(olds) {
             let place = (first.saturating_add(step), g.start(host.saturating_add(step)));
             self.pend(meta, &g, place, old, true);
@@ -337,7 +341,7 @@ impl Lookup {
         let mut meta = image.meta();
         let given = self.pending.split_off(from.min(self.pending.len()));
         for one in given.iter().filter(|one| one.fresh) {
-            meta.space.free(None, image.geometry().cluster(one.host), 1);
+            meta.free(None, image.geometry().cluster(one.host), 1);
         }
         image.release(&mut meta, given.iter().map(|one| one.cluster));
     }

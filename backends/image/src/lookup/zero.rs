@@ -48,11 +48,11 @@ impl Lookup {
         self.refresh();
         let chain = Arc::clone(&self.chain);
         let Some(Node::Qcow2(image)) = chain.nodes.first().map(|node| &**node) else {
-            return self.image.ranges.exclude(&self.lane, offset, len);
+            return self.lane.exclude(offset, len);
         };
         let g = image.geometry();
         let (first, end) = (g.cluster(offset), g.clusters(offset.saturating_add(len)));
-        let range = self.image.ranges.exclude(&self.lane, g.start(first), g.start(end.saturating_sub(first)))?;
+        let range = self.lane.exclude(g.start(first), g.start(end.saturating_sub(first)))?;
         // Who has a claim there never waits before it is committed.
         let mut meta = image.meta();
         while meta.claims.range(first..end.max(first)).next().is_some() {
@@ -179,6 +179,9 @@ impl Lookup {
                 olds.push((cluster, old));
             }
         }
+        if !changes.is_empty() {
+            meta.space()?.touch()?;
+        }
         image.tables.update(&changes)?;
         olds.into_iter().for_each(|(cluster, old)| image.free(&mut meta, cluster, old));
         Ok(())
@@ -227,7 +230,7 @@ impl Lookup {
             // A cluster from the reserve is zeroes.
             (None, _) => {
                 image.own_table(meta, cluster)?;
-                let (host, _) = meta.space.take(1, &image.tables)?;
+                let (host, _) = meta.space()?.take(1, &image.tables)?;
                 Ok(Some(Entry::data(g.start(host), &g)))
             }
         }

@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE, RAW_EXTERNAL};
+use crate::qcow2::header::{Header, MAX_REFCOUNT_TABLE};
 use crate::qcow2::mark;
 use crate::qcow2::refcounts::Refcounts;
 use crate::qcow2::tables::Tables;
@@ -72,11 +72,7 @@ impl Space {
 
     /// Before the first change of metadata: the image is marked as in use, durably.
     pub(crate) fn touch(&mut self) -> Result<()> {
-        if self.failed {
-            return Error::refused("An earlier change of the image's metadata failed, so it is not changed any more");
-        }
         if !self.marked {
-            mark::clear_autoclear(&*self.file, &mut self.header, RAW_EXTERNAL)?;
             mark::set(&*self.file, &mut self.header, true)?;
             self.marked = true;
         }
@@ -114,6 +110,7 @@ impl Space {
     /// Takes up to so many clusters that follow each other. They are counted and zero, durably.
     pub(crate) fn take(&mut self, most: u64, tables: &Tables) -> Result<(u64, u64)> {
         self.touch()?;
+        self.recover(tables)?;
         loop {
             if let Some((first, count)) = self.reserve.pop_front() {
                 let taken = count.min(most.max(1));
@@ -126,6 +123,20 @@ impl Space {
             self.failed |= filled.is_err();
             filled?;
         }
+    }
+
+    /// After a refill that failed, perhaps because the disk was full: what is in the file is what counts.
+    fn recover(&mut self, tables: &Tables) -> Result<()> {
+        if !self.failed {
+            return Ok(());
+        }
+        self.header = Header::read(&*self.file)?;
+        self.refs = Refcounts::open(Arc::clone(&self.file), &self.header)?;
+        let len = self.file.len().map_err(Error::io("Cannot find the size of the image"))?;
+        self.end = self.header.geometry.clusters(len);
+        tables.set_end(self.header.geometry.start(self.end));
+        self.failed = false;
+        Ok(())
     }
 
     fn refill(&mut self, tables: &Tables) -> Result<()> {
@@ -270,6 +281,13 @@ impl Space {
     /// A run of clusters that follow each other, counted and zero, durably. For tables.
     pub(crate) fn take_run(&mut self, count: u64, tables: &Tables) -> Result<u64> {
         self.touch()?;
+        self.recover(tables)?;
+        let run = self.new_run(count, tables);
+        self.failed |= run.is_err();
+        run
+    }
+
+    fn new_run(&mut self, count: u64, tables: &Tables) -> Result<u64> {
         let (first, _) = self.lengthen(count, tables)?;
         let mut new = Vec::new();
         self.cover(first, count, &mut new, tables)?;
