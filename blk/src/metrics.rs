@@ -29,7 +29,7 @@ static FLUSH_TIMES: Histogram = Histogram::new();
 static OTHER_TIMES: Histogram = Histogram::new();
 
 /// How long requests took from being taken to being answered, by their kinds.
-pub static TIMES: [Times; 4] = [
+pub const TIMES: [Times; 4] = [
     ("blk_read_seconds", &READ_TIMES, "Time that reads took"),
     ("blk_write_seconds", &WRITE_TIMES, "Time that writes took"),
     ("blk_flush_seconds", &FLUSH_TIMES, "Time that flushes took"),

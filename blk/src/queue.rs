@@ -210,7 +210,7 @@ impl DiskQueue {
     fn hand_on(&mut self, ticket: Ticket, what: Move, piece: Buffer<'_>) -> io::Result<()> {
         let id = self.job(ticket).id(ticket);
         self.engine.begin(id, &what.file, what.work(piece))?;
-        self.job(ticket).expect(what);
+        self.job(ticket).awaits(what);
         Ok(())
     }
 
@@ -218,7 +218,7 @@ impl DiskQueue {
         let id = self.job(ticket).id(ticket);
         let Some(file) = self.volume.top() else { return Ok(()) };
         self.engine.begin(id, &file, Work::Sync)?;
-        self.job(ticket).expect(Move::nothing(file));
+        self.job(ticket).awaits(Move::nothing(file));
         Ok(())
     }
 

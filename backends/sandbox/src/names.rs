@@ -9,7 +9,7 @@ macro_rules! names {
 // Those that a policy of ours has, or had.
 names! {
     SYS_accept4 SYS_brk SYS_clock_gettime SYS_close SYS_eventfd2 SYS_exit SYS_exit_group SYS_fallocate SYS_fcntl SYS_fdatasync
-    SYS_fstat SYS_futex SYS_getpid SYS_getrandom SYS_gettid SYS_ioctl SYS_lseek SYS_madvise SYS_mmap SYS_mprotect SYS_mremap
+    SYS_fstat SYS_ftruncate SYS_futex SYS_getpid SYS_getrandom SYS_gettid SYS_io_uring_enter SYS_ioctl SYS_lseek SYS_madvise SYS_mmap SYS_mprotect SYS_mremap
     SYS_munmap SYS_pidfd_send_signal SYS_ppoll SYS_prctl SYS_pread64 SYS_preadv2 SYS_pwrite64 SYS_pwritev2 SYS_read SYS_recvmsg
     SYS_restart_syscall SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sched_yield SYS_sendfile SYS_sendmsg SYS_sendto SYS_sigaltstack
     SYS_socketpair SYS_tgkill SYS_unlinkat SYS_waitid SYS_write

@@ -191,6 +191,8 @@ impl Channel {
                 }
                 Err(Errno::AGAIN) => self.wait(PollFlags::OUT, &frontend_name(request), deadline)?,
                 Err(Errno::INTR) => {}
+                // Other processes of this user have many descriptors on their way; the kernel counts them all together.
+                Err(Errno::TOOMANYREFS) => self.pause(&frontend_name(request), deadline)?,
                 Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(Error::Closed),
                 Err(errno) => return Err(Error::socket("send a vhost-user message")(errno)),
             }
@@ -241,6 +243,13 @@ impl Channel {
             return Err(Errno::TOOBIG);
         }
         Ok(got.bytes)
+    }
+
+    /// Waits a moment, for something that no descriptor tells.
+    fn pause(&self, what: &str, deadline: Deadline) -> Result<()> {
+        deadline.left().ok_or_else(|| Error::Deadline { what: what.to_owned(), limit: deadline.span })?;
+        let _interrupted = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 }));
+        Ok(())
     }
 
     fn wait(&self, events: PollFlags, what: &str, deadline: Deadline) -> Result<()> {

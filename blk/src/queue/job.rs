@@ -59,7 +59,7 @@ impl Job {
     }
 
     /// That operation is begun.
-    pub(super) fn expect(&mut self, what: Move) {
+    pub(super) fn awaits(&mut self, what: Move) {
         self.moves.push(what);
         self.left += 1;
     }
