@@ -3,19 +3,21 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![expect(clippy::unwrap_used, reason = "what fails to be set up is a failed test")]
 
-use std::io;
+#[path = "agreeable.rs"]
+mod agreeable;
+
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agreeable::Agreeable;
 use evil::Act;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm::args::{DeviceSpec, Reach};
 use vmm::classes;
 use vmm::events::Doorbell;
-use vmm::kvm::{Event, Hypervisor};
 use vmm::memory::Memory;
 use vmm::pci::{Allocator, Function};
 use vmm::virtio::remote::{Change, Remote, Site};
@@ -25,27 +27,6 @@ const DESC: u64 = 0x10_0000;
 const AVAIL: u64 = 0x10_1000;
 const USED: u64 = 0x10_2000;
 const BUFFER: u64 = 0x10_3000;
-
-/// KVM that agrees to everything.
-pub(crate) struct Agreeable;
-
-impl Hypervisor for Agreeable {
-    fn route_msi(&self, _: u32, _: u64, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn attach_irq(&self, _: &Event, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn detach_irq(&self, _: &Event, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn attach_kick(&self, _: &Event, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn detach_kick(&self, _: &Event, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// A backend in a thread of its own, and the other end of its connection.
 pub(crate) fn backend(act: Act, turn: u64) -> UnixStream {
