@@ -78,8 +78,9 @@ fn measure(bench: &Bench, mut server: Command, theirs: bool, [load, block, depth
     let before = server.busy();
     let mut probe = Command::new(bench.program("outboard-probe"));
     probe.args(["blk", "bench", "--json", "--seconds", SECONDS, "--load", load, "--block-size", block, "--depth", depth]);
-    let answer: serde_json::Value =
-        serde_json::from_slice(&process::told(probe.arg(&socket))?).context("The probe gave no JSON")?;
+    let name = if theirs { "qemu-storage-daemon" } else { "outboard-blk" };
+    let told = process::told(probe.arg(&socket)).with_context(|| format!("{name} was not measured"))?;
+    let answer: serde_json::Value = serde_json::from_slice(&told).context("The probe gave no JSON")?;
     let spent = server.busy() - before;
     let requests = answer["requests"].as_f64().context("The probe gave no requests")?;
     let rate = answer["requests_per_second"].as_f64().context("The probe gave no requests_per_second")?;
