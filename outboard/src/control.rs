@@ -8,14 +8,16 @@
 pub mod client;
 pub mod report;
 
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::Write;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::{Value, json};
+
+use crate::clients::{self, Client, Clients};
 
 /// More would mean that somebody forgets to close connections.
 const MOST_CLIENTS: usize = 16;
@@ -50,49 +52,50 @@ pub enum Wish {
 
 /// The listening end with its clients.
 #[derive(Debug)]
-pub struct Server {
-    listener: UnixListener,
-    clients: Vec<Client>,
-}
+pub struct Server(Clients<Owner>);
 
+/// Whoever speaks the protocol.
 #[derive(Debug)]
-struct Client {
+struct Owner {
     stream: UnixStream,
     input: Vec<u8>,
     negotiated: bool,
     gone: bool,
 }
 
+impl Client for Owner {
+    fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    fn is_over(&self) -> bool {
+        self.gone
+    }
+}
+
 impl Server {
     /// Listens at a path.
     pub fn new(path: &Path) -> Result<Self> {
-        let about = || format!("Cannot listen on {}", path.display());
-        let listener = UnixListener::bind(path).with_context(about)?;
-        listener.set_nonblocking(true).with_context(about)?;
-        Ok(Self { listener, clients: Vec::new() })
+        Clients::new(path, MOST_CLIENTS).map(Self)
     }
 
     /// What to wait for: new clients first, then each client's words.
     pub fn sources(&self) -> (BorrowedFd<'_>, impl Iterator<Item = BorrowedFd<'_>>) {
-        (self.listener.as_fd(), self.clients.iter().map(|client| client.stream.as_fd()))
+        self.0.sources()
     }
 
     /// Takes in a new client and greets it.
     pub fn accept(&mut self) {
-        let Ok((stream, _)) = self.listener.accept() else {
-            return;
-        };
-        if self.clients.len() >= MOST_CLIENTS || stream.set_nonblocking(true).is_err() {
-            return; // closed by being dropped
-        }
-        let mut client = Client { stream, input: Vec::new(), negotiated: false, gone: false };
-        client.send(&json!({"QMP": {"version": version(), "capabilities": []}}));
-        self.clients.push(client);
+        self.0.accept(|stream| {
+            let mut client = Owner { stream, input: Vec::new(), negotiated: false, gone: false };
+            client.send(&json!({"QMP": {"version": version(), "capabilities": []}}));
+            client
+        });
     }
 
     /// Reads what a client says and answers it. What it wants of the machine is returned.
     pub fn hear(&mut self, index: usize, machine: &impl Machine) -> Vec<Wish> {
-        let Some(client) = self.clients.get_mut(index) else {
+        let Some(client) = self.0.get_mut(index) else {
             return Vec::new();
         };
         client.read().iter().filter_map(|line| client.obey(line, machine)).collect()
@@ -103,26 +106,20 @@ impl Server {
         let now = UNIX_EPOCH.elapsed().unwrap_or_default();
         let timestamp = json!({"seconds": now.as_secs(), "microseconds": now.subsec_micros()});
         let message = json!({"event": event, "data": data, "timestamp": timestamp});
-        for client in self.clients.iter_mut().filter(|client| client.negotiated) {
+        for client in self.0.iter_mut().filter(|client| client.negotiated) {
             client.send(&message);
         }
     }
 
     /// Forgets the clients that are gone. Only between two rounds of the loop, because it changes their numbers.
     pub fn sweep(&mut self) {
-        self.clients.retain(|client| !client.gone);
+        self.0.sweep();
     }
 }
 
-impl Client {
+impl Owner {
     fn read(&mut self) -> Vec<Vec<u8>> {
-        let mut buffer = [0_u8; 4096];
-        match self.stream.read(&mut buffer) {
-            Ok(0) => self.gone = true,
-            Ok(count) => self.input.extend_from_slice(buffer.get(..count).unwrap_or_default()),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(_) => self.gone = true,
-        }
+        self.gone |= !clients::read::<4096>(&self.stream, &mut self.input);
         let mut lines = Vec::new();
         while let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
             let rest = self.input.split_off(end + 1);

@@ -26,6 +26,7 @@
 pub mod args;
 pub mod background;
 pub mod check;
+mod clients;
 pub mod console;
 pub mod control;
 pub mod doctor;

@@ -60,7 +60,6 @@ const fn kvm(when: &'static [When], why: &'static str) -> Rule {
 /// What the registers of devices need from KVM, whichever thread changes them.
 const REGISTERS: &[Rule] = &[
     kvm(&IRQFD, "a device's interrupt is unmasked or masked"),
-    kvm(&SET_GSI_ROUTING, "a device's interrupt gets another message"),
     kvm(&IOEVENTFD, "a device's notification addresses move"),
     kvm(&IRQ_LINE, "the power button's interrupt"),
     allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "silencing the notifiers of a device that is reset"),
@@ -75,6 +74,7 @@ const CPU: &[Rule] = &[
     allow(libc::SYS_ppoll, "whether a masked interrupt is pending"),
     allow(libc::SYS_exit_group, "the end of the process"),
     kvm(&RUN, "the guest"),
+    kvm(&SET_GSI_ROUTING, "a device's interrupt gets another message; a reset takes messages away, which KVM need not know"),
     kvm(&GET_REGS, "where a guest that KVM cannot run stands"),
     kvm(&SET_REGS, "power on and reset"),
     kvm(&SET_SREGS, "power on and reset"),
@@ -89,7 +89,7 @@ const CPU: &[Rule] = &[
     allow(libc::SYS_gettid, "the address of that signal"),
 ];
 
-/// The control thread writes more: the rest of the machine.
+/// The control thread writes more: the rest of the machine. It maps nothing and gives no mapping up.
 const CONTROL: &[Rule] = &[
     kvm(&SET_IRQCHIP, "reset"),
     kvm(&SET_PIT2, "reset"),
@@ -99,13 +99,12 @@ const CONTROL: &[Rule] = &[
     allow(libc::SYS_restart_syscall, "the kernel resumes the wait for the processors after SIGSTOP and SIGCONT"),
     allow(libc::SYS_lseek, "where kernel and initrd go in guest memory, again at a reset"),
     allow(libc::SYS_sendfile, "loading them"),
-    allow(libc::SYS_fallocate, "giving guest memory back at a reset; emptying the in-flight log"),
+    allow(libc::SYS_fallocate, "giving guest memory back at a reset"),
     allow(libc::SYS_recvmsg, "answers of backends, commands"),
     allow(libc::SYS_sendmsg, "requests to backends, events"),
     allow(libc::SYS_eventfd2, "the notifiers of a device's queues"),
     allow_if(libc::SYS_socketpair, &[When::Is(0, libc::AF_UNIX as u32)], "the channel on which a backend asks"),
     allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)], "the duplicates a session keeps"),
-    allow(libc::SYS_fstat, "the in-flight log is checked before it is used"),
 ];
 
 /// Of both.

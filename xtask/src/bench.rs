@@ -17,8 +17,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::process::{getpriority_process, setpriority_process};
 use serde_json::json;
 
@@ -57,20 +58,36 @@ enum Group {
     Confinement,
     /// One small request to the rng process (5)
     Rng,
-    /// Whole guests: boot, and requests from inside (3)
+    /// Whole guests: boot, and requests from inside (5)
     Guest,
 }
 
-type Rows = fn(&Bench) -> Result<Vec<Row>>;
+/// Rows that are measured together.
+pub(crate) struct Part {
+    what: String,
+    measure: Box<Measure>,
+}
 
-const GROUPS: [(Group, &str, Rows); 6] = [
-    (Group::Start, "start", start::rows),
-    (Group::Memory, "memory", memory::rows),
-    (Group::Blk, "blk", disk::rows),
-    (Group::Confinement, "confinement", device::confinement),
-    (Group::Rng, "rng", device::round_trip),
-    (Group::Guest, "guest", guest::rows),
+type Measure = dyn Fn(&Bench) -> Result<Vec<Row>>;
+type Parts = fn() -> Vec<Part>;
+
+impl Part {
+    pub(crate) fn new(what: impl Into<String>, measure: impl Fn(&Bench) -> Result<Vec<Row>> + 'static) -> Self {
+        Self { what: what.into(), measure: Box::new(measure) }
+    }
+}
+
+const GROUPS: [(Group, &str, Parts); 6] = [
+    (Group::Start, "start", start::parts),
+    (Group::Memory, "memory", memory::parts),
+    (Group::Blk, "blk", disk::parts),
+    (Group::Confinement, "confinement", || vec![Part::new("one process", device::confinement)]),
+    (Group::Rng, "rng", || vec![Part::new("one byte", device::round_trip)]),
+    (Group::Guest, "guest", || vec![Part::new("boot and requests", guest::rows)]),
 ];
+
+/// After this a part begins no new round: a quiet host needs a third of it for the longest.
+const PART: Duration = Duration::from_secs(60);
 
 /// What every group needs.
 pub(crate) struct Bench {
@@ -82,6 +99,9 @@ pub(crate) struct Bench {
     dir: PathBuf,
     rounds: Option<u32>,
     sockets: Cell<u32>,
+    /// When the part that is measured began, and how many rounds it was cut to.
+    began: Cell<Instant>,
+    cut: Cell<Option<u32>>,
 }
 
 /// The task.
@@ -98,31 +118,48 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         dir: nested::fresh_dir(&cache::dir()?)?,
         rounds: args.rounds,
         sockets: Cell::new(0),
+        began: Cell::new(Instant::now()),
+        cut: Cell::new(None),
     };
-    let groups = measure(args, &bench);
+    let (groups, failed) = measure(args, &bench);
     cache::remove_tree(&bench.dir)?;
-    let (groups, host) = (groups?, this_host(&bench));
+    show(args, &bench, &groups);
+    if failed.is_empty() { Ok(()) } else { bail!("Not everything could be measured: {}", failed.join("; ")) }
+}
+
+fn show(args: &Args, bench: &Bench, groups: &[(&str, Vec<Row>)]) {
+    let host = this_host(bench);
     if args.json {
-        println!("{}", table::json(&host, &groups));
-        return Ok(());
+        return println!("{}", table::json(&host, groups));
     }
     let text = |name: &str| host[name].as_str().unwrap_or_default().to_owned();
     println!("{} processors, {}, Linux {}", host["processors"], text("processor"), text("linux"));
     println!("load {} at the end; QEMU {}", text("load"), bench.qemu_version);
-    table::show(&groups);
-    Ok(())
+    table::show(groups);
 }
 
-fn measure(args: &Args, bench: &Bench) -> Result<Vec<(&'static str, Vec<Row>)>> {
-    let mut groups = Vec::new();
-    for (group, name, rows) in GROUPS {
-        if args.only.is_empty() || args.only.contains(&group) {
-            let calm = Calm::new(group);
-            groups.push((name, say::step(&format!("Measure {name}"), || rows(bench))?));
-            drop(calm);
+type Measured = Vec<(&'static str, Vec<Row>)>;
+
+/// Every part, one after the other. One that fails is a row that says so, and costs the others nothing.
+fn measure(args: &Args, bench: &Bench) -> (Measured, Vec<String>) {
+    let (mut groups, mut failed) = (Vec::new(), Vec::new());
+    let wanted = |group: &Group| args.only.is_empty() || args.only.contains(group);
+    for (group, name, parts) in GROUPS.into_iter().filter(|(group, ..)| wanted(group)) {
+        let _calm = Calm::new(group);
+        let mut rows = Vec::new();
+        for Part { what, measure } in parts() {
+            bench.begin();
+            match say::step(&format!("Measure {name}: {what}"), || measure(bench)) {
+                Ok(new) => rows.extend(new.into_iter().map(|row| row.cut(bench.cut.get()))),
+                Err(error) => {
+                    failed.push(format!("{name}: {what}: {error:#}"));
+                    rows.push(Row::new(what, "", "none").note(format!("not measured: {error:#}")));
+                }
+            }
         }
+        groups.push((name, rows));
     }
-    Ok(groups)
+    (groups, failed)
 }
 
 /// As root, what takes milliseconds is measured at a high priority, both sides alike: what else the machine does would
@@ -163,6 +200,23 @@ impl Bench {
         self.rounds.unwrap_or(usual)
     }
 
+    /// A part begins.
+    fn begin(&self) {
+        self.began.set(Instant::now());
+        self.cut.set(None);
+    }
+
+    /// The rounds of a part: fewer where its time is over before, which its rows say then.
+    fn turns(&self, usual: u32) -> impl Iterator<Item = u32> {
+        (0..self.rounds(usual)).take_while(|turn| {
+            let late = *turn > 0 && self.began.get().elapsed() > PART;
+            if late {
+                self.cut.set(Some(*turn));
+            }
+            !late
+        })
+    }
+
     fn program(&self, name: &str) -> PathBuf {
         self.programs.join(name)
     }
@@ -198,6 +252,9 @@ impl Bench {
     fn filled_disk(&self) -> Result<PathBuf> {
         const MEGABYTES: usize = 256;
         let path = self.dir.join("disk.img");
+        if path.exists() {
+            return Ok(path);
+        }
         let mut file = File::create(&path).with_context(|| format!("Cannot make {}", path.display()))?;
         for _ in 0..MEGABYTES {
             file.write_all(&[0x5a; 1 << 20]).with_context(|| format!("Cannot fill {}", path.display()))?;

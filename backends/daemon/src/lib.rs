@@ -38,7 +38,6 @@ pub mod rules {
     pub const RUNTIME: &[Rule] = &[
         allow(libc::SYS_futex, "a lock that another thread holds at this moment"),
         allow(libc::SYS_brk, "the allocator's heap grows and shrinks"),
-        allow(libc::SYS_munmap, "guest memory that is given up, by whoever had it last"),
         allow(libc::SYS_write, "log lines and event descriptors"),
         allow(libc::SYS_read, "event and signal descriptors"),
         allow(libc::SYS_close, "descriptors that a peer has sent"),
@@ -48,13 +47,16 @@ pub mod rules {
         allow(libc::SYS_exit_group, "the end of the process"),
     ];
 
+    const UNMAP: Rule = allow(libc::SYS_munmap, "guest memory that is given up, by whoever had it last");
+
     /// What a thread that serves queues does besides.
     pub const RINGS: &[Rule] =
-        &[allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "kicks, without waiting for one")];
+        &[UNMAP, allow_if(libc::SYS_preadv2, &[When::Is(5, libc::RWF_NOWAIT as u32)], "kicks, without waiting for one")];
 
     /// What the control thread of a device process does besides: the vhost-user protocol.
     pub const PROTOCOL: &[Rule] = &[
         allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "guest memory"),
+        UNMAP,
         allow(libc::SYS_recvmsg, "requests of the frontend, with their descriptors"),
         allow(libc::SYS_sendmsg, "answers"),
         allow(libc::SYS_fstat, "looking at files before they are mapped, and at event descriptors"),

@@ -3,16 +3,17 @@
 //! The composer's loop serves it, so nothing here waits: a request is read and an answer written as far as the socket takes
 //! it, and a client that dawdles is dropped.
 
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{ErrorKind, Write};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rustix::event::PollFlags;
 
 use super::text::CONTENT_TYPE;
+use crate::clients::{self, Client, Clients};
 
 /// A scraper has one connection, and there are few scrapers.
 const MOST_CLIENTS: usize = 8;
@@ -23,13 +24,10 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// The listening end with its clients.
 #[derive(Debug)]
-pub struct Server {
-    listener: UnixListener,
-    clients: Vec<Client>,
-}
+pub struct Server(Clients<Scraper>);
 
 #[derive(Debug)]
-struct Client {
+struct Scraper {
     stream: UnixStream,
     deadline: Instant,
     request: Vec<u8>,
@@ -37,46 +35,47 @@ struct Client {
     gone: bool,
 }
 
+impl Client for Scraper {
+    fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    fn is_over(&self) -> bool {
+        self.gone || self.deadline <= Instant::now()
+    }
+}
+
 impl Server {
     /// Listens at a path.
     pub fn new(path: &Path) -> Result<Self> {
-        let about = || format!("Cannot listen on {}", path.display());
-        let listener = UnixListener::bind(path).with_context(about)?;
-        listener.set_nonblocking(true).with_context(about)?;
-        Ok(Self { listener, clients: Vec::new() })
+        Clients::new(path, MOST_CLIENTS).map(Self)
     }
 
     /// What to wait for: new clients first, then each client.
     pub fn sources(&self) -> (BorrowedFd<'_>, impl Iterator<Item = BorrowedFd<'_>>) {
-        (self.listener.as_fd(), self.clients.iter().map(|client| client.stream.as_fd()))
+        self.0.sources()
     }
 
     /// Whether a client still speaks or is being answered.
     pub fn wants(&self, index: usize) -> PollFlags {
-        let answering = self.clients.get(index).is_some_and(|client| !client.answer.is_empty());
+        let answering = self.0.iter().nth(index).is_some_and(|client| !client.answer.is_empty());
         if answering { PollFlags::OUT } else { PollFlags::IN }
     }
 
     /// When the next client has taken too long.
     pub fn due(&self) -> Option<Instant> {
-        self.clients.iter().map(|client| client.deadline).min()
+        self.0.iter().map(|client| client.deadline).min()
     }
 
     /// Takes in a new client.
     pub fn accept(&mut self) {
-        let Ok((stream, _)) = self.listener.accept() else {
-            return;
-        };
-        if self.clients.len() >= MOST_CLIENTS || stream.set_nonblocking(true).is_err() {
-            return; // closed by being dropped
-        }
         let deadline = Instant::now() + LIMIT;
-        self.clients.push(Client { stream, deadline, request: Vec::new(), answer: Vec::new(), gone: false });
+        self.0.accept(|stream| Scraper { stream, deadline, request: Vec::new(), answer: Vec::new(), gone: false });
     }
 
     /// A client has said something, or can take more. `text` makes the metrics if they are asked for.
     pub fn serve(&mut self, index: usize, text: impl FnOnce() -> String) {
-        let Some(client) = self.clients.get_mut(index) else {
+        let Some(client) = self.0.get_mut(index) else {
             return;
         };
         if client.answer.is_empty() {
@@ -90,23 +89,13 @@ impl Server {
 
     /// Forgets the clients that are done or too slow. Only between two rounds of the loop, because it changes their numbers.
     pub fn sweep(&mut self) {
-        let now = Instant::now();
-        self.clients.retain(|client| !client.gone && client.deadline > now);
+        self.0.sweep();
     }
 }
 
-impl Client {
+impl Scraper {
     fn read(&mut self) {
-        let mut buffer = [0_u8; 2048];
-        match self.stream.read(&mut buffer) {
-            Ok(0) => self.gone = true,
-            Ok(count) => self.request.extend_from_slice(buffer.get(..count).unwrap_or_default()),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(_) => self.gone = true,
-        }
-        if self.request.len() > LONGEST_REQUEST {
-            self.gone = true;
-        }
+        self.gone |= !clients::read::<2048>(&self.stream, &mut self.request) || self.request.len() > LONGEST_REQUEST;
     }
 
     fn write(&mut self) {
@@ -146,6 +135,8 @@ fn answer(request: &str, text: impl FnOnce() -> String) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
 
     fn ask(name: &str, parts: &[&str], text: &str) -> String {
@@ -165,11 +156,11 @@ mod tests {
             server.serve(0, || text.to_owned());
             server.sweep();
             drop(client.read_to_end(&mut heard));
-            if server.clients.is_empty() {
+            if server.0.iter().next().is_none() {
                 break;
             }
         }
-        assert!(server.clients.is_empty());
+        assert!(server.0.iter().next().is_none());
         String::from_utf8(heard).unwrap()
     }
 

@@ -1,38 +1,19 @@
 //! A guest that reads and writes whatever registers there are.
 
-use std::io;
+#[path = "../../../vmm/tests/support/agreeable.rs"]
+mod agreeable;
+
 use std::sync::Arc;
 
+use agreeable::Agreeable;
 use vmm::bus::Port;
 use vmm::events::Doorbell;
-use vmm::kvm::{Event, Hypervisor};
 use vmm::memory::{ECAM, MMIO32};
 use vmm::pci::{Function, Pci};
 use vmm::virtio::shadow::Shadow;
 use vmm::virtio::{Identity, VirtioPci, lines};
 
 use crate::bytes::Bytes;
-
-/// A KVM that agrees to everything.
-struct Agreeable;
-
-impl Hypervisor for Agreeable {
-    fn route_msi(&self, _: u32, _: u64, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn attach_irq(&self, _: &Event, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn detach_irq(&self, _: &Event, _: u32) -> io::Result<()> {
-        Ok(())
-    }
-    fn attach_kick(&self, _: &Event, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn detach_kick(&self, _: &Event, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 5;
 const SIZES: [usize; 4] = [1, 2, 4, 8];

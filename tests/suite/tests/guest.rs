@@ -8,6 +8,7 @@
 mod guest {
     mod backends;
     mod boot;
+    mod calls;
     mod escapes;
     mod kills;
     mod life;

@@ -8,14 +8,15 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use sandbox::{NetNamespace, Spawn};
 
 use super::Bench;
-use super::process::Running;
+use super::process::{self, Running};
 use super::table::{Row, Target};
-use crate::{host, say};
+use crate::host;
 
 /// GET_FEATURES, version 1, no body.
 const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
@@ -31,7 +32,7 @@ pub(crate) fn confinement(bench: &Bench) -> Result<Vec<Row>> {
     let (mut whole, mut alone, mut composed, mut unshared) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let machine = NetNamespace::new()?;
     let unshare = host::command("unshare");
-    for _ in 0..bench.rounds(30) {
+    for _ in bench.turns(30) {
         thread::sleep(CLEANUP);
         let answered = first_answer(bench)?;
         whole.push(answered);
@@ -40,7 +41,7 @@ pub(crate) fn confinement(bench: &Bench) -> Result<Vec<Row>> {
         composed.push(first_answer_in(bench, &machine)? - plain);
         thread::sleep(CLEANUP);
         let mut around = Command::new(unshare.get_program());
-        around.args(["--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--"]);
+        around.args(["--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child", "--"]);
         unshared.push(to_the_end(around.arg(bench.program("outboard-peer-rng")).arg("--version"))?);
     }
     let peer = "util-linux unshare: the same namespaces and no more, around outboard-peer-rng --version";
@@ -95,20 +96,24 @@ fn first_answer_in(bench: &Bench, machine: &NetNamespace) -> Result<f64> {
     let took = began.elapsed().as_secs_f64() * 1000.0;
     // It ends with its connection.
     drop(ours);
+    let limit = Timespec::try_from(LIMIT)?;
+    if poll(&mut [PollFd::new(&child.pidfd, PollFlags::IN)], Some(&limit)).context("Cannot wait for outboard-rng")? == 0 {
+        bail!("outboard-rng does not end with its connection");
+    }
     waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED).context("Cannot wait for outboard-rng")?;
     Ok(took)
 }
 
 fn to_the_end(command: &mut Command) -> Result<f64> {
     let began = Instant::now();
-    say::quietly(command)?;
+    process::told(command)?;
     Ok(began.elapsed().as_secs_f64() * 1000.0)
 }
 
 /// How long one byte takes, from the kick to the interrupt.
 pub(crate) fn round_trip(bench: &Bench) -> Result<Vec<Row>> {
     let mut times = [Vec::new(), Vec::new()];
-    for _ in 0..bench.rounds(5) {
+    for _ in bench.turns(5) {
         for (side, program) in ["outboard-rng", "outboard-peer-rng"].into_iter().enumerate() {
             let socket = bench.socket();
             let mut server = Command::new(bench.program(program));
@@ -117,7 +122,7 @@ pub(crate) fn round_trip(bench: &Bench) -> Result<Vec<Row>> {
             let mut probe = Command::new(bench.program("outboard-probe"));
             probe.args(["rng", "--json", "--request", "1", "--bytes", REQUESTS]).arg(&socket);
             let answer: serde_json::Value =
-                serde_json::from_slice(&say::quietly(&mut probe)?).context("The probe gave no JSON")?;
+                serde_json::from_slice(&process::told(&mut probe)?).context("The probe gave no JSON")?;
             times[side].push(answer["p50_ns"].as_f64().context("The probe gave no p50_ns")? / 1000.0);
         }
     }

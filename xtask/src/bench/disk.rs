@@ -5,10 +5,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::Bench;
-use super::process::Running;
+use super::process::{self, Running};
 use super::table::Row;
-use crate::{debian, say};
+use super::{Bench, Part};
+use crate::debian;
 
 const SECONDS: &str = "0.7";
 
@@ -19,17 +19,17 @@ struct Measured {
 }
 
 /// The group.
-pub(crate) fn rows(bench: &Bench) -> Result<Vec<Row>> {
-    let image = bench.filled_disk()?;
-    let mut rows = Vec::new();
+pub(crate) fn parts() -> Vec<Part> {
+    let mut parts = Vec::new();
     for load in ["randread", "randwrite"] {
         for block in ["4096", "65536"] {
             for depth in ["1", "32"] {
-                rows.extend(pair(bench, &image, [load, block, depth])?);
+                let what = format!("{load}, {block} bytes, depth {depth}");
+                parts.push(Part::new(what, move |bench| pair(bench, &bench.filled_disk()?, [load, block, depth])));
             }
         }
     }
-    Ok(rows)
+    parts
 }
 
 fn pair(bench: &Bench, image: &Path, load: [&str; 3]) -> Result<Vec<Row>> {
@@ -38,7 +38,7 @@ fn pair(bench: &Bench, image: &Path, load: [&str; 3]) -> Result<Vec<Row>> {
         [("page cache", None, ""), ("O_DIRECT", Some("--direct"), ",cache.direct=on,aio=io_uring")]
     {
         let (mut rates, mut costs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-        for _ in 0..bench.rounds(3) {
+        for _ in bench.turns(3) {
             for (side, command) in [ours(bench, image, our_flag), theirs(bench, image, their_option)].into_iter().enumerate() {
                 let Measured { rate, cost } = measure(bench, command, side == 1, load)?;
                 rates[side].push(rate);
@@ -82,8 +82,9 @@ fn measure(bench: &Bench, mut server: Command, theirs: bool, [load, block, depth
     let before = server.busy();
     let mut probe = Command::new(bench.program("outboard-probe"));
     probe.args(["blk", "bench", "--json", "--seconds", SECONDS, "--load", load, "--block-size", block, "--depth", depth]);
-    let answer: serde_json::Value =
-        serde_json::from_slice(&say::quietly(probe.arg(&socket))?).context("The probe gave no JSON")?;
+    let name = if theirs { "qemu-storage-daemon" } else { "outboard-blk" };
+    let told = process::told(probe.arg(&socket)).with_context(|| format!("{name} was not measured"))?;
+    let answer: serde_json::Value = serde_json::from_slice(&told).context("The probe gave no JSON")?;
     let spent = server.busy() - before;
     let requests = answer["requests"].as_f64().context("The probe gave no requests")?;
     let rate = answer["requests_per_second"].as_f64().context("The probe gave no requests_per_second")?;

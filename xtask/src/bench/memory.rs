@@ -8,33 +8,34 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::process::geteuid;
 
-use super::Bench;
 use super::process::{self, Running};
 use super::table::{Row, Spread, Target};
-use crate::{host, say};
+use super::{Bench, Part};
+use crate::host;
 
 /// After this a machine that does nothing has touched what it will.
 const SETTLE: Duration = Duration::from_millis(1500);
 
 /// The group.
-pub(crate) fn rows(bench: &Bench) -> Result<Vec<Row>> {
-    let mut rows = vec![size(bench)?];
+pub(crate) fn parts() -> Vec<Part> {
+    vec![Part::new("the program", |bench| Ok(vec![size(bench)?])), Part::new("resident pages", resident)]
+}
+
+fn resident(bench: &Bench) -> Result<Vec<Row>> {
     if !geteuid().is_root() {
         let note = "not measured: only root may look at processes that refuse it";
-        rows.push(Row::new("resident without guest memory", "MiB", bench.qemu_name("-M microvm")).note(note));
-        return Ok(rows);
+        return Ok(vec![Row::new("resident without guest memory", "MiB", bench.qemu_name("-M microvm")).note(note)]);
     }
     let mut samples = Samples::default();
-    for round in 0..bench.rounds(3) {
+    for round in bench.turns(3) {
         samples.take(bench, round)?;
     }
-    rows.extend(samples.rows(bench));
-    Ok(rows)
+    Ok(samples.rows(bench))
 }
 
 fn size(bench: &Bench) -> Result<Row> {
     let stripped = bench.dir.join("stripped");
-    say::quietly(host::command("strip").arg("-o").arg(&stripped).arg(bench.program("outboard-vmm")))?;
+    process::told(host::command("strip").arg("-o").arg(&stripped).arg(bench.program("outboard-vmm")))?;
     let megabytes = |path| -> Result<f64> { Ok(fs::metadata(path)?.len() as f64 / 1e6) };
     let qemu = megabytes(bench.qemu.join("usr/bin/qemu-system-x86_64"))?;
     let mut row = Row::new("the VMM's program, stripped", "MB", bench.qemu_name("its program, without its libraries"));

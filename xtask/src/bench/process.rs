@@ -1,9 +1,11 @@
 //! Programs under measurement: started quietly, looked at through /proc, ended whatever happens.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +15,65 @@ use rustix::process::{Pid, Signal, kill_process};
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// A program that was asked to end has so long to do it.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// What measures, or is measured from its start to its end, takes a second or two.
+const WHOLE_LIMIT: Duration = Duration::from_secs(20);
+
+/// Runs a program to its end and gives what it wrote.
+pub(crate) fn told(command: &mut Command) -> Result<Vec<u8>> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().with_context(|| format!("Cannot start {name}"))?;
+    let limit = Limit::on(&child, WHOLE_LIMIT);
+    let output = child.wait_with_output().with_context(|| format!("Cannot wait for {name}"))?;
+    limit.kept(&name)?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{name} failed ({}): {}", output.status, said.lines().last().unwrap_or("it says nothing"));
+    }
+    Ok(output.stdout)
+}
+
+/// Runs a program to its end and hears each line as it comes. What it says of its own work is shown.
+pub(crate) fn heard(command: &mut Command, time: Duration, mut hear: impl FnMut(&str)) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("Cannot start {name}"))?;
+    let limit = Limit::on(&child, time);
+    for line in child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).split(b'\n')) {
+        hear(&String::from_utf8_lossy(&line.with_context(|| format!("Cannot read what {name} writes"))?));
+    }
+    let status = child.wait().with_context(|| format!("Cannot wait for {name}"))?;
+    limit.kept(&name)?;
+    if status.success() { Ok(()) } else { bail!("{name} failed ({status})") }
+}
+
+/// A thread that ends a program when its time is over: one that hangs must not hold the others' rows up.
+struct Limit {
+    time: Duration,
+    ended: Sender<()>,
+    watch: JoinHandle<bool>,
+}
+
+impl Limit {
+    fn on(child: &Child, time: Duration) -> Self {
+        let (ended, wait) = channel();
+        let pid = Pid::from_child(child);
+        let watch = thread::spawn(move || {
+            let over = wait.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
+            over && kill_process(pid, Signal::KILL).is_ok()
+        });
+        Self { time, ended, watch }
+    }
+
+    /// The program has ended: of its own accord?
+    fn kept(self, name: &str) -> Result<()> {
+        drop(self.ended);
+        match self.watch.join() {
+            Ok(true) => bail!("{name} had not ended after {} s", self.time.as_secs()),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// A program, ended when this is dropped.
 pub(crate) struct Running(Child);
@@ -70,9 +131,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if let Some(pid) = i32::try_from(self.id()).ok().and_then(Pid::from_raw) {
-            let _already_gone = kill_process(pid, Signal::TERM);
-        }
+        let _already_gone = kill_process(Pid::from_child(&self.0), Signal::TERM);
         let began = Instant::now();
         while began.elapsed() < END_LIMIT && matches!(self.0.try_wait(), Ok(None)) {
             thread::sleep(Duration::from_millis(2));
@@ -105,4 +164,29 @@ pub(crate) fn name(pid: u32) -> String {
 /// How many threads it has.
 pub(crate) fn threads(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_hangs_is_ended() {
+        let began = Instant::now();
+        let mut lines = Vec::new();
+        let mut shell = Command::new("sh");
+        let ended = heard(shell.args(["-c", "echo first; exec sleep 60"]), Duration::from_millis(300), |line| {
+            lines.push(line.to_owned());
+        });
+        assert!(ended.unwrap_err().to_string().contains("had not ended"));
+        assert!(began.elapsed() < Duration::from_secs(30));
+        assert_eq!(lines, ["first"]);
+    }
+
+    #[test]
+    fn a_program_that_fails_is_named_with_its_last_words() {
+        let error = told(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).unwrap_err().to_string();
+        assert!(error.starts_with("sh failed (exit status: 3): why"), "{error}");
+        assert_eq!(told(Command::new("echo").arg("x")).unwrap(), b"x\n");
+    }
 }

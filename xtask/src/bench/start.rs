@@ -9,20 +9,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::Bench;
 use super::process::Running;
 use super::table::{Row, Target};
 use super::trace::Trace;
+use super::{Bench, Part};
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// How often a socket is tried: far finer than what is measured.
 const EVERY: Duration = Duration::from_micros(50);
 
 /// The group.
-pub(crate) fn rows(bench: &Bench) -> Result<Vec<Row>> {
-    let mut rows = vec![first_run(bench)?];
-    rows.extend(control_socket(bench)?);
-    Ok(rows)
+pub(crate) fn parts() -> Vec<Part> {
+    vec![
+        Part::new("exec to first KVM_RUN", |bench| Ok(vec![first_run(bench)?])),
+        Part::new("exec to control socket", control_socket),
+    ]
 }
 
 fn ours(bench: &Bench) -> Command {
@@ -40,7 +41,7 @@ fn first_run(bench: &Bench) -> Result<Row> {
         Err(error) => return Ok(row.note(format!("not measured: {error:#}"))),
     };
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..bench.rounds(20) {
+    for _ in bench.turns(20) {
         // Each twice, and the second counts: the first finds the processor's caches full of the other one.
         for _warm in [false, true] {
             mine.push(trace.first_run(ours(bench))?);
@@ -59,7 +60,7 @@ fn first_run(bench: &Bench) -> Result<Row> {
 
 fn control_socket(bench: &Bench) -> Result<Vec<Row>> {
     let (mut connected, mut greeted) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-    for round in 0..bench.rounds(20) {
+    for round in bench.turns(20) {
         let name = format!("bench-{round}");
         let mut command = Command::new(bench.program("outboard"));
         command.args(["run", "--name", &name, "--memory", "128M", "--kernel"]).arg(bench.image("vmlinuz"));

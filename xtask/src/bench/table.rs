@@ -85,6 +85,15 @@ impl Row {
         self
     }
 
+    /// Of fewer rounds than were wanted.
+    pub(crate) fn cut(mut self, rounds: Option<u32>) -> Self {
+        if let Some(rounds) = rounds {
+            let note = self.note.take().map(|note| format!("; {note}")).unwrap_or_default();
+            self.note = Some(format!("its time was over after {rounds} rounds{note}"));
+        }
+        self
+    }
+
     fn ratio(&self) -> Option<f64> {
         Some(self.ours?.median / self.theirs?.median)
     }

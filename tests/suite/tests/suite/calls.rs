@@ -138,8 +138,9 @@ fn a_disk_makes_every_call_it_may_make() {
         for (format, direct) in [("raw", None), ("raw", Some("--direct")), ("qcow2", None)] {
             a_disk(format, engine, direct, &mut made);
         }
-        // The control thread reads when it closes an image whose reference counts have left the cache by then.
-        all_made("outboard-blk", thread, &made, &["preadv2"]);
+        // The control thread reads when it closes an image whose reference counts have left the cache by then, and a queue asks for
+        // the length of an image that could not grow.
+        all_made("outboard-blk", thread, &made, &["preadv2", "fstat"]);
     }
 }
 
