@@ -1,5 +1,6 @@
 //! The arguments of `outboard-blk`, and what they mean.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
@@ -105,6 +106,12 @@ pub struct Args {
     /// Most bytes in a second, and how many at once after a pause: BYTES or BYTES:BURST
     #[arg(long, value_name = "BYTES[:BURST]", value_parser = rate)]
     pub limit_bytes: Option<Rate>,
+    /// Where to listen for commands: snapshot, reset, resize, limit, status
+    #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+    /// The socket, already connected, on which commands come
+    #[arg(long, value_name = "FD", conflicts_with = "control_path", value_parser = clap::value_parser!(i32).range(3..))]
+    pub control_fd: Option<RawFd>,
     /// The serial number the guest sees, up to 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
     pub serial: String,

@@ -5,18 +5,19 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use daemon::Confined;
-use virtio::device::{Device, Identity, ReadOnly, read_config};
+use virtio::device::{Device, Host, Identity, ReadOnly, read_config};
 use virtio::worker::{Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
 
 use crate::args::{Config, EngineKind};
+use crate::commands::{Commands, Entrance};
 use crate::engine::Engine;
 use crate::engine::pool::{self, Jobs, Pool};
 use crate::engine::uring::Uring;
 use crate::image::Disk;
 use crate::queue::DiskQueue;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use crate::sandbox::{POOL, THREAD};
+use crate::sandbox::{COMMANDS, POOL, THREAD};
 use crate::shared::Shared;
 use crate::topology;
 use crate::volume::Volume;
@@ -83,6 +84,15 @@ impl Blk {
         Ok(Blk { workers: Workers::new(workers), shared, config: space, queues: config.queues, negotiated: 0 })
     }
 
+    /// Starts the thread that obeys whoever comes in there.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn obey(&self, entrance: Entrance, disk: &Arc<Disk>, confined: &Confined) -> Result<()> {
+        let commands = Commands::new(Arc::clone(disk), Arc::clone(&self.shared));
+        confined.spawn(COMMANDS, "commands".to_owned(), move || commands.run(&entrance))
+    }
+
     fn features(&self) -> u64 {
         let limits = self.shared.checks();
         let mut features = feature::RING | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
@@ -132,6 +142,10 @@ impl Device for Blk {
     fn reset(&mut self) {
         self.negotiated = 0;
         self.shared.write_back(true);
+    }
+
+    fn attach(&mut self, host: Host) {
+        self.shared.attach(host);
     }
 }
 

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
@@ -45,6 +46,8 @@ pub struct Disk {
     image: Arc<Image>,
     /// By which descriptor data of each file moves.
     files: Mutex<Vec<(FileId, File)>>,
+    /// Grows when files have gone.
+    epoch: AtomicU64,
     topology: Topology,
     direct: Option<Alignment>,
     abilities: Abilities,
@@ -94,6 +97,7 @@ impl Disk {
             abilities: top.abilities(config),
             image,
             files: Mutex::new(files),
+            epoch: AtomicU64::new(0),
             null: false,
         })
     }
@@ -105,7 +109,7 @@ impl Disk {
         let mut topology = Topology::default();
         config.blocks.apply(&mut topology);
         let abilities = Abilities { read_only: config.read_only, ..Abilities::default() };
-        Ok(Disk { image, files: Mutex::default(), topology, direct: None, abilities, null: true })
+        Ok(Disk { image, files: Mutex::default(), epoch: AtomicU64::new(0), topology, direct: None, abilities, null: true })
     }
 
     /// The image.
@@ -119,6 +123,35 @@ impl Disk {
     /// The system's. The image is consistent all the same.
     pub fn close(&self) -> Result<()> {
         self.image.close().context("Cannot close the image")
+    }
+
+    /// An overlay that somebody else has made, opened and handed in: the file, and perhaps the same past the page cache.
+    ///
+    /// # Errors
+    /// When it is none, or in use.
+    pub fn overlay(&self, fds: Vec<OwnedFd>) -> Result<Layer> {
+        let mut fds = fds.into_iter();
+        let plain = fds.next().context("An overlay has to come with the command, as a descriptor")?;
+        let data = match fds.next() {
+            Some(past) => past,
+            None => plain.try_clone().context("Cannot share the overlay")?,
+        };
+        lock_file(data.as_fd(), true).context("Cannot lock the overlay")?;
+        let file = FileStorage::new(plain).context("Cannot use the overlay")?;
+        self.files().push((file.id(), File::new(Arc::new(data))));
+        Ok(Layer { format: Format::Qcow2, file: Arc::new(file), data: None })
+    }
+
+    /// Closes files that the image does not have any more, or never got.
+    pub fn sweep(&self) {
+        let kept: Vec<FileId> = self.image.files().iter().map(|file| file.id()).collect();
+        self.files().retain(|(id, _)| kept.contains(id));
+        self.epoch.fetch_add(1, Ordering::Release);
+    }
+
+    /// Changes when files were closed: whoever keeps some of them has to let them go.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
     }
 
     /// Descriptors that an engine should know beforehand, in the order of their numbers.

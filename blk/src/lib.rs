@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod args;
+pub mod commands;
 pub mod device;
 pub mod direct;
 pub mod engine;

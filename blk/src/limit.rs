@@ -49,6 +49,12 @@ impl Limit {
         self.per_second.store(rate.per_second, Ordering::Release);
     }
 
+    fn rate(&self) -> Rate {
+        let per_second = self.per_second.load(Ordering::Acquire);
+        let burst = u128::from(self.burst.load(Ordering::Relaxed)) * u128::from(per_second) / u128::from(SECOND);
+        Rate { per_second, burst: u64::try_from(burst).unwrap_or(u64::MAX) }
+    }
+
     fn is_set(&self) -> bool {
         self.per_second.load(Ordering::Acquire) != 0
     }
@@ -86,10 +92,16 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Sets both.
+    /// Sets both. Also finds out how the time is told, which takes a system call that filters forbid: the first use is before them.
     pub fn set(&self, operations: Rate, bytes: Rate) {
+        let _the_time_does_not_matter = now();
         self.operations.set(operations);
         self.bytes.set(bytes);
+    }
+
+    /// What they are: operations, bytes.
+    pub fn rates(&self) -> (Rate, Rate) {
+        (self.operations.rate(), self.bytes.rate())
     }
 
     /// How long the next request has to wait, if it has to.

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use blk::args::{Args, Config};
+use blk::commands::Entrance;
 use blk::device::{Blk, Engines};
 use blk::image::Disk;
 use blk::metrics;
@@ -17,12 +18,27 @@ fn main() -> ExitCode {
         let disk = Disk::open(&config)?;
         let engines = Engines::open(&disk, &config)?;
         virtio::metrics::publish_with(startup.metrics()?, &metrics::ALL, &metrics::TIMES, config.queues)?;
+        let entrance = entrance(&startup)?;
         let confined = startup.confine()?;
         let disk = Arc::new(disk);
-        let mut backend = Backend::new(Blk::new(&disk, engines, &config, &confined)?, trust)?;
+        let device = Blk::new(&disk, engines, &config, &confined)?;
+        if let Some(entrance) = entrance {
+            device.obey(entrance, &disk, &confined)?;
+        }
+        let mut backend = Backend::new(device, trust)?;
         let code = confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))?;
         // No ring runs any more.
         disk.close()?;
         Ok(code)
+    })
+}
+
+/// Where commands come in, if they may.
+fn entrance(startup: &daemon::Startup<Args>) -> anyhow::Result<Option<Entrance>> {
+    let args = startup.args();
+    Ok(match (&args.control_path, args.control_fd) {
+        (Some(path), _) => Some(Entrance::Listening(daemon::listen(path)?)),
+        (None, Some(fd)) => Some(Entrance::Connected(startup.inherited(fd)?.into())),
+        (None, None) => None,
     })
 }

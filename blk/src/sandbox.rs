@@ -1,7 +1,7 @@
 //! What the process may do.
 
 use daemon::rules::{PROTOCOL, RINGS, RUNTIME};
-use sandbox::{Limits, Policy, Rule, allow};
+use sandbox::{Limits, Policy, Rule, When, allow, allow_if};
 
 use crate::args::MAX_QUEUES;
 use crate::engine::pool::THREADS;
@@ -26,6 +26,23 @@ const QUEUE: &[Rule] = &[
     allow(libc::SYS_fallocate, "discards and zeroes"),
 ];
 
+/// The role of the thread that obeys the disk's owner.
+pub const COMMANDS: &str = "commands";
+
+const OBEY: &[Rule] = &[
+    allow(libc::SYS_accept4, "whoever has a command"),
+    allow(libc::SYS_recvmsg, "commands, with the overlays they bring"),
+    allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_OFD_SETLK as u32)], "locking an overlay"),
+    allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)], "two uses of an overlay"),
+    allow(libc::SYS_fstat, "looking at an overlay, and how long an image is"),
+    allow(libc::SYS_sendmsg, "telling the frontend that the disk has grown"),
+    allow(libc::SYS_preadv2, "an image's tables"),
+    allow(libc::SYS_pwritev2, "an image's tables"),
+    allow(libc::SYS_fallocate, "an image's space"),
+    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
+    allow(libc::SYS_ftruncate, "images that grow"),
+];
+
 const CLOSE: &[Rule] = &[
     allow(libc::SYS_preadv2, "closing an image: its tables"),
     allow(libc::SYS_pwritev2, "closing an image: space that was reserved is given back"),
@@ -45,8 +62,8 @@ pub const POLICY: Policy = Policy {
     name: "outboard-blk",
     limits: Limits {
         descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
-        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 2,
+        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 3,
     },
     control: &[RUNTIME, PROTOCOL, CLOSE],
-    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK])],
+    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK]), (COMMANDS, &[RUNTIME, OBEY])],
 };

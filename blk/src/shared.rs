@@ -1,6 +1,9 @@
 //! What the control thread and the threads of the queues both know.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use virtio::Host;
 
 use crate::direct::Alignment;
 use crate::limit;
@@ -21,6 +24,8 @@ pub struct Shared {
     lifetime: Option<[u8; LIFETIME]>,
     /// How much it may be used.
     pub limits: limit::Limits,
+    /// How to tell the frontend that the configuration has changed.
+    host: OnceLock<Host>,
 }
 
 /// What a disk can do, found out when it was opened.
@@ -39,7 +44,17 @@ impl Shared {
     pub fn new(bytes: u64, serial: [u8; SERIAL], direct: Option<Alignment>, abilities: Abilities) -> Shared {
         let Abilities { read_only, secure_erase, lifetime } = abilities;
         let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
-        Shared { serial, direct, read_only, writes_back, bytes, secure_erase, lifetime, limits: limit::Limits::default() }
+        Shared {
+            serial,
+            direct,
+            read_only,
+            writes_back,
+            bytes,
+            secure_erase,
+            lifetime,
+            limits: limit::Limits::default(),
+            host: OnceLock::new(),
+        }
     }
 
     /// What requests are checked against.
@@ -57,9 +72,17 @@ impl Shared {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// The disk has grown.
+    /// The disk has grown; the guest is told.
     pub fn resized(&self, bytes: u64) {
         self.bytes.store(bytes, Ordering::Release);
+        if let Some(host) = self.host.get() {
+            host.config_changed();
+        }
+    }
+
+    /// Here is how to tell the frontend something.
+    pub fn attach(&self, host: Host) {
+        let _attached_once = self.host.set(host);
     }
 
     /// Whether writes may be acknowledged before they are on the disk.

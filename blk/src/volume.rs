@@ -36,14 +36,14 @@ pub struct Volume {
     lookup: Lookup,
     /// Files that were met, the last first: there are one or two in most images.
     files: Vec<(FileId, File)>,
-    qcow2: bool,
+    epoch: u64,
 }
 
 impl Volume {
     /// Of this disk.
     pub fn new(disk: Arc<Disk>) -> Volume {
         let lookup = disk.image().lookup();
-        Volume { qcow2: disk.has_tables(), disk, lookup, files: Vec::new() }
+        Volume { epoch: disk.epoch(), disk, lookup, files: Vec::new() }
     }
 
     /// The file that a flush has to reach, where a flush is nothing else.
@@ -66,6 +66,10 @@ impl Volume {
     /// # Errors
     /// [`Busy`]: let go of all ranges and claims, then ask again.
     pub fn share(&mut self, offset: u64, len: u32) -> Result<Option<Guard>, Busy> {
+        let epoch = self.disk.epoch();
+        if epoch != self.epoch {
+            (self.files, self.epoch) = (Vec::new(), epoch);
+        }
         self.lookup.share(offset, len.into()).map(Some).map_err(|_| Busy)
     }
 
@@ -132,10 +136,11 @@ impl Volume {
         if self.disk.is_null() || !self.lookup.image().is_writable() {
             return Ok(false);
         }
-        if self.qcow2 {
+        let tables = self.disk.has_tables();
+        if tables {
             self.lookup.flush().map_err(told)?;
         }
-        Ok(!self.qcow2)
+        Ok(!tables)
     }
 
     /// Gives the space of a range back.

@@ -165,6 +165,20 @@ impl Image {
     /// # Errors
     /// When the overlay does not fit. The image is then as it was, and can be written to as before.
     pub fn overlay(&self, layer: &Layer) -> Result<()> {
+        self.put(layer, 0)
+    }
+
+    /// A fresh start: what was written to the top since it was made is given up, and `layer`, a fresh overlay, takes its place on the
+    /// image below it. As for [`overlay`](Image::overlay), nothing is in flight or pending.
+    ///
+    /// # Errors
+    /// When there is no image below, or the overlay does not fit. The image is then as it was.
+    pub fn replace(&self, layer: &Layer) -> Result<()> {
+        self.put(layer, 1)
+    }
+
+    /// Puts a fresh overlay on the chain without its first `away` links.
+    fn put(&self, layer: &Layer, away: usize) -> Result<()> {
         let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let chain = self.chain();
         if !self.options.writable {
@@ -173,16 +187,17 @@ impl Image {
         if chain.nodes.len() >= crate::chain::MAX_DEPTH {
             return Error::refused(format!("The chain would be longer than {} images", crate::chain::MAX_DEPTH));
         }
-        let format = match &*self.top()? {
-            Node::Raw { .. } => Format::Raw,
-            Node::Qcow2(_) => Format::Qcow2,
+        let format = match chain.nodes.get(away).map(|node| &**node) {
+            Some(Node::Raw { .. }) => Format::Raw,
+            Some(Node::Qcow2(_)) => Format::Qcow2,
+            None => return Error::refused("There is no image below it to start from"),
         };
         let top = Chain::overlay(layer, format, self.options.cache_bytes)?;
         if top.size() != self.size() {
             return Error::refused("The overlay has another size than the image");
         }
         self.close()?;
-        let nodes = std::iter::once(Arc::new(top)).chain(chain.nodes.iter().cloned()).collect();
+        let nodes = std::iter::once(Arc::new(top)).chain(chain.nodes.iter().skip(away).cloned()).collect();
         *self.chain.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Chain { nodes });
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
