@@ -8,7 +8,7 @@
 //!
 //! Memory: 2 MiB for a file of 1 TiB at 64 KiB clusters; the tables themselves go by in pages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -64,6 +64,7 @@ pub(crate) struct Snapshot {
 /// The internal snapshots, and how many bytes their table has.
 pub(crate) fn snapshots(header: &Header, file: &dyn Storage) -> Result<(Vec<Snapshot>, u64)> {
     let (mut all, mut at) = (Vec::new(), 0_u64);
+    let end = file.len().map_err(Error::io("Cannot find the size of the image"))?;
     for number in 0..header.snapshots {
         let mut bytes = [0; 40];
         let read = file.read_exact(&mut bytes, header.snapshots_offset.saturating_add(at));
@@ -77,7 +78,12 @@ pub(crate) fn snapshots(header: &Header, file: &dyn Storage) -> Result<(Vec<Snap
         let (l1_size, names, extra) = (field(8), field(12), field(36));
         let len = 40_u64.saturating_add(extra).saturating_add(names >> 16).saturating_add(names & 0xffff).next_multiple_of(8);
         at = at.saturating_add(len);
-        if l1_size.saturating_mul(8) > MAX_L1 || at > MOST_SNAPSHOT_BYTES || !header.geometry.is_aligned(l1_offset) {
+        let bytes = l1_size.saturating_mul(8);
+        if bytes > MAX_L1
+            || l1_offset.saturating_add(bytes) > end
+            || at > MOST_SNAPSHOT_BYTES
+            || !header.geometry.is_aligned(l1_offset)
+        {
             return Error::corrupt(format!("the snapshot table says impossible things of snapshot {number}"));
         }
         all.push(Snapshot { l1_offset, l1_size });
@@ -172,6 +178,11 @@ impl Check<'_> {
         self.add(header.snapshots_offset, bytes, "the snapshot table");
         for snapshot in snapshots {
             self.add(snapshot.l1_offset, snapshot.l1_size.saturating_mul(8), "the L1 table of a snapshot");
+            if self.uses.get(self.geometry.cluster(snapshot.l1_offset)) > 1 {
+                // To walk one table for each of 65,536 snapshots would take for ever.
+                self.report.error(format!("The L1 table of a snapshot at {:#x} is something else, too", snapshot.l1_offset));
+                continue;
+            }
             self.walk(snapshot.l1_offset, snapshot.l1_size, false)?;
         }
         Ok(())
@@ -193,6 +204,7 @@ impl Check<'_> {
 
     fn walk(&mut self, offset: u64, entries: u64, active: bool) -> Result<()> {
         let (file, geometry) = (self.file, self.geometry);
+        let mut seen = BTreeSet::new();
         words(file, offset, entries, |index, entry| {
             if entry == 0 {
                 return Ok(());
@@ -205,6 +217,10 @@ impl Check<'_> {
             }
             self.copied(active, entry, cluster, &format!("L1 entry {index}"));
             self.add(table, 1, "an L2 table");
+            if !seen.insert(cluster) {
+                self.report.error(format!("L1 entry {index} has a table that another entry has, too"));
+                return Ok(());
+            }
             self.table(table, index, active)
         })
     }
@@ -275,6 +291,11 @@ impl Check<'_> {
         let blocks = self.uses.clusters.div_ceil(entries.max(1)).max(self.refs.table.len() as u64);
         for block in 0..blocks {
             let (first, end) = (block.saturating_mul(entries), block.saturating_add(1).saturating_mul(entries));
+            let place = usize::try_from(block).ok().and_then(|block| self.refs.table.get(block)).copied().unwrap_or(0);
+            if place != 0 && self.uses.get(self.geometry.cluster(place)) > 1 {
+                self.report.error(format!("Refcount block {block} is something else, too"));
+                continue;
+            }
             // Without a block there is nothing to compare beyond the end of the file.
             let end = if self.refs.covers(first) { end } else { end.min(self.uses.clusters) };
             for cluster in first..end {

@@ -194,8 +194,12 @@ impl Space {
     fn lengthen(&mut self, count: u64, tables: &Tables) -> Result<(u64, u64)> {
         let mut first = self.end;
         let mut free = 0;
+        let most = first.saturating_add(SCAN);
         while free < count {
             let cluster = first.saturating_add(free);
+            if first > most {
+                return Error::corrupt("its refcounts say that what is behind its end is in use");
+            }
             if self.refs.covers(cluster) && self.refs.get(cluster)? != 0 {
                 (first, free) = (cluster.saturating_add(1), 0);
             } else {
