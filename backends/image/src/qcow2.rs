@@ -206,10 +206,11 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Nothing points at what this entry pointed at, as of now.
-    pub(crate) fn free(&self, meta: &mut Meta, cluster: u64, old: Entry) {
+    /// Nothing points at what this entry pointed at, as of now. `alone`: nobody can be reading it, since the caller has the range
+    /// for itself.
+    pub(crate) fn free(&self, meta: &mut Meta, cluster: u64, old: Entry, alone: bool) {
         let g = self.geometry();
-        let guest = Some((g.start(cluster), g.cluster_size()));
+        let guest = (!alone).then(|| (g.start(cluster), g.cluster_size()));
         match old.kind(g) {
             Kind::Data(host) | Kind::Zero(Some(host)) if !g.external => meta.free(guest, g.cluster(host), 1),
             Kind::Compressed => {

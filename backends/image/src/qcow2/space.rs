@@ -352,13 +352,12 @@ impl Space {
     /// Nothing points at these clusters any more, as of now. `guest`: for which range they may still be read.
     pub(crate) fn free(&mut self, guest: Option<(u64, u64)>, first: u64, count: u64) {
         self.tickets = self.tickets.saturating_add(1);
-        if let (Some(last), Some((offset, len))) = (self.freed.back_mut(), guest)
-            && let Some((start, bytes)) = last.guest
-            && start.saturating_add(bytes) == offset
+        // What may still be read is kept apart, cluster by cluster: one busy reader should not keep all the rest.
+        if let (None, Some(last)) = (guest, self.freed.back_mut())
+            && last.guest.is_none()
             && last.first.saturating_add(last.count) == first
         {
-            (last.guest, last.count) = (Some((start, bytes.saturating_add(len))), last.count.saturating_add(count));
-            last.ticket = self.tickets;
+            (last.count, last.ticket) = (last.count.saturating_add(count), self.tickets);
             return;
         }
         self.freed.push_back(Freed { guest, first, count, ticket: self.tickets });

@@ -251,6 +251,26 @@ fn what_cannot_be_served_is_refused_with_a_sentence() {
     assert!(refusal(&[], false).contains("No image"));
 }
 
+/// QEMU counts lazily if asked to, and says so: then the counts are wrong after a crash, not just too high.
+#[test]
+fn a_dirty_image_is_refused_until_it_is_repaired() {
+    let scratch = Scratch::new();
+    qemu_img(&scratch, &["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,compat=1.1", "i.qcow2", "64M"]);
+    let args = ["-f", "qcow2", "-t", "writeback", "-c", "write -P 7 1M 3M", "-c", "flush", "-c", "abort", "i.qcow2"];
+    crate::support::qemu("qemu-io", &scratch, &args);
+    let ram = Ram::new(fs::read(scratch.path("i.qcow2")).unwrap());
+    assert!(Info::read(Format::Qcow2, &*ram).unwrap().dirty);
+    assert!(refusal(&[qcow2(&ram)], true).contains("marked dirty"));
+    let report = check(&(ram.clone() as Arc<dyn Storage>), true).unwrap();
+    assert!(report.corruptions == 0 && report.repaired > 40, "{report:?}");
+    fs::write(scratch.path("i.qcow2"), ram.bytes()).unwrap();
+    assert_clean(&scratch, "i.qcow2", "after the repair");
+    let image = open(&[qcow2(&ram)]);
+    let mut bytes = [0; 512];
+    image.lookup().read(&mut bytes, 2 << 20).unwrap();
+    assert_eq!(bytes, [7; 512]);
+}
+
 /// An image that was not closed is repaired when it is opened again, and not before it is to be written to.
 #[test]
 fn a_crash_leaves_a_mark_and_the_next_one_cleans_up() {
