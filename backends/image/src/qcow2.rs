@@ -346,7 +346,8 @@ fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &mut Hea
         longer(data, g.start(g.clusters(header.size))).map_err(Error::io("Cannot lengthen the data file of the image"))?;
     }
     mark::clear_autoclear(&**file, header, RAW_EXTERNAL)?;
-    if mark::is_unclean(header) {
+    // What is too long to be checked keeps its leaks.
+    if mark::is_unclean(header) && check::is_possible(g.clusters(len)) {
         let report = check::check(file, true)?;
         if let Some(error) = report.errors.first() {
             return Error::refused(format!("It was not closed, and cannot be repaired by itself: {error}"));

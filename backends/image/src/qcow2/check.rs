@@ -2,11 +2,12 @@
 //!
 //! # Theory of operation
 //!
-//! One walk over all tables counts who points at each cluster: one bit for each cluster of the file, and a list for those that
-//! have more than one user. A second walk compares that with the refcounts. Counted and not used is a leak, which is harmless, and
+//! One walk over all tables counts who points at each cluster: one bit for each cluster of the file, and one byte where some have
+//! more than one user (internal snapshots, compressed clusters). A second walk compares that with the refcounts. Counted and not used is a leak, which is harmless, and
 //! is what a crash leaves. Used and not counted, or used for two things, is corruption: somebody may overwrite it one day.
 //!
-//! Memory: 2 MiB for a file of 1 TiB at 64 KiB clusters; the tables themselves go by in pages.
+//! Memory: 2 MiB for a file of 1 TiB at 64 KiB clusters, and as far as clusters are shared up to 16 MiB more; the tables themselves
+//! go by in pages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -22,6 +23,14 @@ const MOST_ERRORS: usize = 32;
 
 /// Most bytes of a snapshot table: 65,536 snapshots with ordinary names.
 const MOST_SNAPSHOT_BYTES: u64 = 16 << 20;
+
+/// Most clusters of a file that can be checked: 16 TiB at 64 KiB, which take 32 MiB, and 256 MiB if all of them are shared.
+const MOST_CLUSTERS: u64 = 1 << 28;
+
+/// Whether a file of so many clusters can be checked. A longer one may be no more than a large number.
+pub(crate) fn is_possible(clusters: u64) -> bool {
+    clusters <= MOST_CLUSTERS
+}
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -94,14 +103,17 @@ pub(crate) fn snapshots(header: &Header, file: &dyn Storage) -> Result<(Vec<Snap
 /// How often each cluster is used.
 struct Uses {
     once: Vec<u64>,
-    more: BTreeMap<u64, u64>,
+    /// Uses beyond the first, once there are any. Only pages that are written to are in memory.
+    more: Vec<u8>,
+    /// Those that do not fit there.
+    many: BTreeMap<u64, u64>,
     clusters: u64,
 }
 
 impl Uses {
     fn new(clusters: u64) -> Uses {
         let words = usize::try_from(clusters.div_ceil(64)).unwrap_or(usize::MAX);
-        Uses { once: vec![0; words], more: BTreeMap::new(), clusters }
+        Uses { once: vec![0; words], more: Vec::new(), many: BTreeMap::new(), clusters }
     }
 
     /// False if the cluster is beyond the end.
@@ -110,19 +122,33 @@ impl Uses {
         let mask = 1_u64.checked_shl(u32::try_from(bit).unwrap_or(0)).unwrap_or(0);
         match self.once.get_mut(word).filter(|_| cluster < self.clusters) {
             Some(word) if *word & mask == 0 => *word |= mask,
-            Some(_) => {
-                let more = self.more.entry(cluster).or_insert(1);
-                *more = more.saturating_add(1);
-            }
+            Some(_) => self.add_more(cluster),
             None => return false,
         }
         true
     }
 
+    fn add_more(&mut self, cluster: u64) {
+        if self.more.is_empty() {
+            self.more = vec![0; usize::try_from(self.clusters).unwrap_or(0)];
+        }
+        match usize::try_from(cluster).ok().and_then(|cluster| self.more.get_mut(cluster)) {
+            Some(more) if *more < u8::MAX => *more = more.saturating_add(1),
+            _ => {
+                let many = self.many.entry(cluster).or_insert(0);
+                *many = many.saturating_add(1);
+            }
+        }
+    }
+
     fn get(&self, cluster: u64) -> u64 {
         let (word, bit) = (usize::try_from(cluster >> 6).unwrap_or(usize::MAX), u32::try_from(cluster & 63).unwrap_or(0));
         match self.once.get(word).is_some_and(|word| word.checked_shr(bit).unwrap_or(0) & 1 != 0) {
-            true => self.more.get(&cluster).copied().unwrap_or(1),
+            true => {
+                let more = usize::try_from(cluster).ok().and_then(|cluster| self.more.get(cluster)).copied().unwrap_or(0);
+                let many = if more == u8::MAX { self.many.get(&cluster).copied().unwrap_or(0) } else { 0 };
+                u64::from(more).saturating_add(many).saturating_add(1)
+            }
             false => 0,
         }
     }
@@ -148,6 +174,9 @@ pub fn check(file: &Arc<dyn Storage>, repair: bool) -> Result<Report> {
     let geometry = header.geometry;
     let refs = Refcounts::open(Arc::clone(file), &header)?;
     let clusters = geometry.clusters(len);
+    if !is_possible(clusters) {
+        return Error::refused(format!("It has {clusters} clusters; at most {MOST_CLUSTERS} can be checked"));
+    }
     let report = Report { clusters, ..Report::default() };
     let mut check = Check { file: &**file, header: &header, geometry, refs, uses: Uses::new(clusters), report };
     check.count()?;
