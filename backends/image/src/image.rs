@@ -146,7 +146,11 @@ impl Image {
         match &*self.top()? {
             Node::Raw { writable: false, .. } => Err(Error::ReadOnly),
             Node::Raw { file, size: bytes, .. } => {
-                file.set_len(size).map_err(Error::io("Cannot lengthen the image"))?;
+                let len = file.len().map_err(Error::io("Cannot find the size of the image"))?;
+                // A device grows by itself; we only take notice.
+                if len < size {
+                    file.set_len(size).map_err(Error::io("Cannot lengthen the image"))?;
+                }
                 bytes.store(size, Ordering::Release);
                 Ok(())
             }

@@ -183,7 +183,7 @@ impl Lookup {
             meta.space()?.touch()?;
         }
         image.tables.update(&changes)?;
-        olds.into_iter().for_each(|(cluster, old)| image.free(&mut meta, cluster, old));
+        olds.into_iter().for_each(|(cluster, old)| image.free(&mut meta, cluster, old, true));
         Ok(())
     }
 

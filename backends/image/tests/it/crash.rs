@@ -8,7 +8,7 @@
 use std::fs;
 use std::sync::Arc;
 
-use image::{Format, Image, Layer, Options, check};
+use image::{Create, Format, Image, Layer, Options, Storage, check, create};
 
 use crate::differential::{Backing, Kind};
 use crate::support::{Event, Model, Ram, Scratch, Seeded, apply, assert_clean, open, qemu_check, qemu_reads, read_all, step};
@@ -97,7 +97,7 @@ impl Run {
     /// Judges a state of the file. Each sector is what it was after step `first`, or after a later one up to the one under way.
     fn judge(&self, bytes: &[u8], first: usize, last: usize, what: &str) -> Arc<Ram> {
         let ram = Ram::new(bytes.to_vec());
-        let report = check(&(ram.clone() as Arc<dyn image::Storage>), false).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let report = check(&(ram.clone() as Arc<dyn Storage>), false).unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!(report.corruptions, 0, "{what}: {:?}", report.errors);
         let layers = [vec![Layer { format: Format::Qcow2, file: ram.clone(), data: None }], self.below.clone()].concat();
         let image = Image::open(&layers, Options { writable: false, ..Options::default() });
@@ -157,6 +157,49 @@ fn recovers(run: &Run, scratch: &Scratch, ram: &Arc<Ram>, what: &str, random: &m
     image.close().unwrap();
     fs::write(scratch.path("top.qcow2"), ram.bytes()).unwrap();
     assert_clean(scratch, "top.qcow2", &format!("{what}: after recovery"));
+}
+
+/// Growing moves the L1 table, and the refcount table where it has become too short.
+#[test]
+fn growing_survives() {
+    let scratch = Scratch::new();
+    for refcount_bits in [16, 64] {
+        let ram = Ram::new(Vec::new());
+        create(&*ram, &Create { size: 1 << 20, cluster_size: 512, refcount_bits, ..Create::default() }).unwrap();
+        let image = open(&[Layer { format: Format::Qcow2, file: ram.clone(), data: None }]);
+        let mut lookup = image.lookup();
+        lookup.write(&[1; 1 << 19], 0).unwrap();
+        lookup.flush().unwrap();
+        let before = ram.bytes();
+        ram.record();
+        image.resize(64 << 20).unwrap();
+        lookup.write(&[2; 1 << 20], 63 << 20).unwrap();
+        lookup.flush().unwrap();
+        ram.mark(1);
+        lookup.zero(32 << 20, 32 << 20, true).unwrap();
+        drop(lookup);
+        image.close().unwrap();
+        let run = Run { before, below: Vec::new(), log: ram.take_log(), models: Vec::new(), flushed: vec![0] };
+        let mut random = Seeded::new(refcount_bits.into());
+        for state in 0..300 {
+            let at = if state < 200 { state.min(run.log.len()) } else { random.below(run.log.len() as u64 + 1) as usize };
+            let what = format!("{refcount_bits} bits, state {state}, before event {at} of {}", run.log.len());
+            let bytes = if state % 3 == 0 { run.kill(at) } else { run.power_cut(at, &mut random) };
+            let ram = Ram::new(bytes.clone());
+            let report = check(&(ram.clone() as Arc<dyn Storage>), false).unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(report.corruptions, 0, "{what}: {:?}", report.errors);
+            let image = open(&[Layer { format: Format::Qcow2, file: ram, data: None }]);
+            assert!([1 << 20, 64 << 20].contains(&image.size()), "{what}");
+            let mut first = vec![0; 1 << 20];
+            image.lookup().read(&mut first, 0).unwrap();
+            assert!(first[..1 << 19] == [1; 1 << 19] && first[1 << 19..] == [0; 1 << 19], "{what}");
+            if state % 30 == 0 {
+                fs::write(scratch.path("top.qcow2"), &bytes).unwrap();
+                let (code, said) = qemu_check(&scratch, "top.qcow2");
+                assert!(code == Some(0) || code == Some(3), "{what}: {said}");
+            }
+        }
+    }
 }
 
 #[test]
