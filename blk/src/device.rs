@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use daemon::Confined;
-use virtio::device::{Device, Host, Identity, ReadOnly, read_config};
+use virtio::device::{Device, Foreign, Host, Identity, ReadOnly, read_config};
 use virtio::worker::{Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
 
@@ -35,6 +35,9 @@ const SEG_MAX: u32 = 126;
 /// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of secure erase.
 const CONFIG: usize = 72;
 const CONFIG_LEN: u32 = 72;
+
+/// The version of a saved state.
+const STATE: u8 = 1;
 
 /// The one byte of it that is the driver's.
 const WRITEBACK: usize = 32;
@@ -142,6 +145,21 @@ impl Device for Blk {
     fn reset(&mut self) {
         self.negotiated = 0;
         self.shared.write_back(true);
+    }
+
+    /// The driver's choice of whether writes may wait for a flush, after the version of this very format.
+    fn save(&self) -> Vec<u8> {
+        vec![STATE, u8::from(self.shared.writes_back())]
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Foreign> {
+        match state {
+            [STATE, choice @ (0 | 1)] => {
+                self.shared.write_back(*choice == 1);
+                Ok(())
+            }
+            _ => Err(Foreign),
+        }
     }
 
     fn attach(&mut self, host: Host) {

@@ -111,6 +111,7 @@ impl Slot {
         };
         match served {
             Served::Done(written) => {
+                self.queue.note_written(&self.chain);
                 self.queue.complete(token, written);
                 if replayed {
                     self.queue.publish();
@@ -125,6 +126,7 @@ impl Slot {
     pub fn finish(&mut self, ticket: Ticket, answer: impl FnOnce(&Chain) -> u32) {
         let Some((token, chain)) = self.held.take(ticket) else { return };
         let written = answer(&chain);
+        self.queue.note_written(&chain);
         self.held.give_back(chain);
         self.queue.complete(token, written);
         // There may be something that had no room before.
