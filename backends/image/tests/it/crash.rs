@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::thread;
 
 use image::{Create, Format, Image, Layer, Options, Storage, check, create};
 
@@ -209,6 +210,58 @@ fn growing_survives() {
             }
         }
     }
+}
+
+/// Several queues write, discard and flush at once. Whenever it ends, no two things are in one place, and nothing that is used is
+/// free.
+fn queues(kind: Kind, seed: u64) {
+    let scratch = Scratch::new();
+    kind.make(&scratch, &mut Seeded::new(seed));
+    let ram = Ram::new(fs::read(scratch.path("top.qcow2")).unwrap());
+    let below = kind.layers(&scratch).split_off(1);
+    let image = open(&layers(std::slice::from_ref(&ram), &below));
+    let before = vec![ram.bytes()];
+    let clusters = image.size() / kind.cluster;
+    ram.record();
+    let workers: Vec<_> = (0..4)
+        .map(|number| {
+            let (mut lookup, mut random) = (image.lookup(), Seeded::new(seed * 10 + number));
+            thread::spawn(move || {
+                for _ in 0..60 {
+                    let at = random.below(clusters) * kind.cluster;
+                    match random.below(8) {
+                        0 => lookup.discard(at, kind.cluster).unwrap(),
+                        1 => lookup.zero(at, kind.cluster, true).unwrap(),
+                        2 => lookup.flush().unwrap(),
+                        _ => lookup.write(&[(at / kind.cluster) as u8 | 0x80; 1024], at + number * 1024).unwrap(),
+                    }
+                }
+            })
+        })
+        .collect();
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    image.close().unwrap();
+    let run = Run { before, below, log: ram.take_log(), models: Vec::new(), flushed: Vec::new() };
+    let mut random = Seeded::new(seed);
+    for state in 0..300 {
+        let at = random.below(run.log.len() as u64 + 1) as usize;
+        let bytes = if state % 3 == 0 { run.kill(at) } else { run.power_cut(at, &mut random) };
+        let what = format!("{kind:?}, queues, state {state}, before event {at} of {}", run.log.len());
+        let report = check(&(Ram::new(bytes[0].clone()) as Arc<dyn Storage>), false).unwrap();
+        assert_eq!(report.corruptions, 0, "{what}: {:?}", report.errors);
+        if state % 30 == 0 {
+            fs::write(scratch.path("top.qcow2"), &bytes[0]).unwrap();
+            let (code, said) = qemu_check(&scratch, "top.qcow2");
+            assert!(code == Some(0) || code == Some(3), "{what}: {said}");
+        }
+    }
+}
+
+#[test]
+fn several_queues_survive() {
+    queues(Kind { cluster: 4096, clusters: Some(64), ..Kind::PLAIN }, 51);
+    queues(Kind { cluster: 4096, clusters: Some(64), snapshot: true, compressed: Some("zlib"), ..Kind::PLAIN }, 52);
+    queues(Kind { backing: Backing::Raw, cluster: 4096, clusters: Some(64), ..Kind::PLAIN }, 53);
 }
 
 #[test]
