@@ -220,6 +220,8 @@ pub(crate) struct Ram {
     number: usize,
     bytes: Mutex<Vec<u8>>,
     log: Log,
+    /// Changes until some fail, and how many then do.
+    faults: Mutex<(u64, u64)>,
 }
 
 impl std::fmt::Debug for Ram {
@@ -230,13 +232,13 @@ impl std::fmt::Debug for Ram {
 
 impl Ram {
     pub(crate) fn new(bytes: Vec<u8>) -> Arc<Ram> {
-        Arc::new(Ram { id: FileId::new(), number: 0, bytes: Mutex::new(bytes), log: Arc::default() })
+        Arc::new(Ram { id: FileId::new(), number: 0, bytes: Mutex::new(bytes), log: Arc::default(), faults: Mutex::default() })
     }
 
     /// A second file of the same disk. What is done to both is remembered in one order.
     pub(crate) fn beside(&self, bytes: Vec<u8>) -> Arc<Ram> {
         let log = Arc::clone(&self.log);
-        Arc::new(Ram { id: FileId::new(), number: self.number + 1, bytes: Mutex::new(bytes), log })
+        Arc::new(Ram { id: FileId::new(), number: self.number + 1, bytes: Mutex::new(bytes), log, faults: Mutex::default() })
     }
 
     fn content(&self) -> MutexGuard<'_, Vec<u8>> {
@@ -258,6 +260,26 @@ impl Ram {
     /// Everything in its order, with the number of the file.
     pub(crate) fn take_log(&self) -> Vec<(usize, Event)> {
         self.log.lock().unwrap().take().unwrap_or_default()
+    }
+
+    /// After so many changes, so many fail: the disk is full.
+    pub(crate) fn fail(&self, after: u64, count: u64) {
+        *self.faults.lock().unwrap() = (after, count);
+    }
+
+    fn change(&self, event: Event) -> io::Result<()> {
+        let mut faults = self.faults.lock().unwrap();
+        match &mut *faults {
+            (0, 0) => {}
+            (0, left) => {
+                *left -= 1;
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            (until, _) => *until -= 1,
+        }
+        drop(faults);
+        self.note(event);
+        Ok(())
     }
 
     fn note(&self, event: Event) {
@@ -311,29 +333,25 @@ impl Storage for Ram {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.note(Event::Write(offset, bytes.to_vec()));
-        Ok(())
+        self.change(Event::Write(offset, bytes.to_vec()))
     }
 
     fn sync(&self) -> io::Result<()> {
         // What others do until it returns is not covered by it.
-        self.note(Event::Sync);
+        self.change(Event::Sync)?;
         std::thread::sleep(std::time::Duration::from_micros(200));
         Ok(())
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.note(Event::Zero(offset, len));
-        Ok(())
+        self.change(Event::Zero(offset, len))
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.note(Event::Zero(offset, len));
-        Ok(())
+        self.change(Event::Zero(offset, len))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.note(Event::Len(len));
-        Ok(())
+        self.change(Event::Len(len))
     }
 }
