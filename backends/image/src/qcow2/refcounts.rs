@@ -206,3 +206,6 @@ pub(crate) fn write(piece: &mut [u8], order: u32, number: u64, value: u64) {
         bytes.copy_from_slice(all.get(all.len().saturating_sub(width)..).unwrap_or_default());
     }
 }
+
+#[cfg(test)]
+mod tests;

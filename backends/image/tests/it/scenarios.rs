@@ -368,6 +368,6 @@ fn first_writes_need_no_barrier() {
     for cluster in 1..10 {
         lookup.write(&[1; 512], cluster * CLUSTER).unwrap();
     }
-    let syncs = ram.take_log().iter().filter(|event| matches!(event, Event::Sync)).count();
+    let syncs = ram.take_log().iter().filter(|(_, event)| matches!(event, Event::Sync)).count();
     assert_eq!(syncs, 0);
 }
