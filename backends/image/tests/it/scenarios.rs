@@ -271,6 +271,57 @@ fn a_dirty_image_is_refused_until_it_is_repaired() {
     assert_eq!(bytes, [7; 512]);
 }
 
+/// What we make is what QEMU makes: it finds nothing wrong, before and after it has been written to by both.
+#[test]
+fn what_we_make_qemu_accepts() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("base.raw"), vec![0x33; 1 << 20]).unwrap();
+    let base = || Some(("base.raw".to_owned(), "raw".to_owned()));
+    let large = Create { size: 4 << 20, ..Create::default() };
+    let kinds = [
+        large.clone(),
+        Create { version: 2, ..large.clone() },
+        Create { version: 2, backing: base(), ..large.clone() },
+        Create { cluster_size: 512, refcount_bits: 64, ..large.clone() },
+        Create { cluster_size: 512, refcount_bits: 1, backing: base(), ..large.clone() },
+        Create { cluster_size: 2 << 20, refcount_bits: 8, ..large.clone() },
+        Create { cluster_size: 16 << 10, extended_l2: true, backing: base(), ..large.clone() },
+        Create { data_file: Some("data.raw".to_owned()), ..large.clone() },
+        Create { size: 0, ..large.clone() },
+        Create { size: 8 << 30, cluster_size: 512, refcount_bits: 64, ..large },
+    ];
+    for kind in kinds {
+        let path = scratch.path("i.qcow2");
+        fs::write(&path, b"").unwrap();
+        fs::write(scratch.path("data.raw"), b"").unwrap();
+        create(&*file(&path), &kind).unwrap();
+        assert_clean(&scratch, "i.qcow2", &format!("{kind:?}"));
+        let info = Info::read(Format::Qcow2, &*file(&path)).unwrap();
+        assert_eq!(
+            (info.size, info.cluster_size, info.version, info.in_use),
+            (kind.size, kind.cluster_size, kind.version, false)
+        );
+        if kind.size == 0 {
+            continue;
+        }
+        qemu_io(&scratch, "i.qcow2", &["write -P 8 1M 300k".to_owned(), "write -z 100k 70k".to_owned()]);
+        let data = kind.data_file.as_ref().map(|name| file(&scratch.path(name)));
+        let below = kind.backing.as_ref().map(|(name, _)| layer(Format::Raw, &scratch.path(name)));
+        let top = Layer { data, ..layer(Format::Qcow2, &path) };
+        let image = open(&[Some(top), below].into_iter().flatten().collect::<Vec<_>>());
+        let mut lookup = image.lookup();
+        lookup.write(&[9; 100_000], kind.size - (1 << 20)).unwrap();
+        let mut bytes = [0; 1024];
+        lookup.read(&mut bytes, 1 << 20).unwrap();
+        assert_eq!(bytes, [8; 1024]);
+        lookup.read(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [if kind.backing.is_some() { 0x33 } else { 0 }; 1024]);
+        drop(lookup);
+        image.close().unwrap();
+        assert_clean(&scratch, "i.qcow2", &format!("{kind:?}, written to"));
+    }
+}
+
 /// An image that was not closed is repaired when it is opened again, and not before it is to be written to.
 #[test]
 fn a_crash_leaves_a_mark_and_the_next_one_cleans_up() {
