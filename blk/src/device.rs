@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use daemon::Confined;
 use virtio::device::{Device, Foreign, Host, Identity, ReadOnly, read_config};
-use virtio::worker::{Worker, Workers, run};
+use virtio::worker::{Poller, Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
 
 use crate::args::{Config, EngineKind};
@@ -72,13 +72,16 @@ impl Blk {
     pub fn new(disk: &Arc<Disk>, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
         let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities()));
         shared.limits.set(config.operations, config.bytes);
+        // Asked once, before there are filters.
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let mut workers = Vec::new();
         for (index, prepare) in engines.start(config.queues, confined)?.into_iter().enumerate() {
             let (worker, mailbox) = Worker::new()?;
             let volume = Volume::new(Arc::clone(disk));
             let shared = Arc::clone(&shared);
+            let poller = Poller::new(config.poll, processors);
             confined.spawn_prepared(THREAD, format!("queue{index}"), prepare, move |engine| match engine {
-                Ok(engine) => run(DiskQueue::new(volume, engine, shared), mailbox),
+                Ok(engine) => run(DiskQueue::new(volume, engine, shared, poller), mailbox),
                 Err(error) => tracing::error!("A queue cannot be served: {error}"),
             })?;
             workers.push(worker);

@@ -373,6 +373,11 @@ impl Queue {
         }
     }
 
+    /// Whether there is something new, without asking to be told.
+    pub(crate) fn has_more(&self) -> bool {
+        self.broken.is_none() && (!self.replay.is_empty() || !matches!(self.available(), Ok(0)))
+    }
+
     /// Asks to be kicked when more comes. `true`: more is there already, do not wait.
     pub fn arm(&mut self) -> bool {
         if self.broken.is_some() {
