@@ -244,7 +244,7 @@ impl Check<'_> {
                 self.report.error(format!("L1 entry {index} is {entry:#x}, where no table can be"));
                 return Ok(());
             }
-            self.copied(active, entry, cluster, &format!("L1 entry {index}"));
+            self.copied(active, entry, cluster, || format!("L1 entry {index}"));
             self.add(table, 1, "an L2 table");
             if !seen.insert(cluster) {
                 self.report.error(format!("L1 entry {index} has a table that another entry has, too"));
@@ -296,7 +296,7 @@ impl Check<'_> {
                 self.report.allocated = self.report.allocated.saturating_add(u64::from(active));
             }
             Kind::Data(host) | Kind::Zero(Some(host)) => {
-                self.copied(active, entry.word, g.cluster(host), &format!("The L2 entry of guest cluster {guest}"));
+                self.copied(active, entry.word, g.cluster(host), || format!("The L2 entry of guest cluster {guest}"));
                 self.add(host, 1, "a cluster of data");
                 self.report.allocated = self.report.allocated.saturating_add(u64::from(active));
             }
@@ -304,14 +304,14 @@ impl Check<'_> {
     }
 
     /// Who may write in place has to be the only user, and the other way round.
-    fn copied(&mut self, active: bool, entry: u64, cluster: u64, whose: &str) {
+    fn copied(&mut self, active: bool, entry: u64, cluster: u64, whose: impl Fn() -> String) {
         if !active || self.header.incompatible & DIRTY != 0 {
             return;
         }
         let (copied, Ok(count)) = (entry & COPIED != 0, self.refs.get(cluster)) else { return };
         if copied != (count == 1) {
             let says = if copied { "its cluster is its own" } else { "its cluster is shared" };
-            self.report.error(format!("{whose} says that {says}, but the refcount is {count}"));
+            self.report.error(format!("{} says that {says}, but the refcount is {count}", whose()));
         }
     }
 
