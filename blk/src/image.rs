@@ -67,7 +67,8 @@ impl Disk {
         let mut layers = Vec::new();
         let mut top = None;
         for (depth, link) in config.chain.iter().enumerate() {
-            let access = Access { writable: depth == 0 && !config.read_only && config.ephemeral.is_none(), direct: config.direct };
+            let access =
+                Access { writable: depth == 0 && !config.read_only && config.ephemeral.is_none(), direct: config.direct };
             let opened = Opened::find(&link.place, access, &given)?;
             let file = opened.storage(&mut files)?;
             let data = match &link.data {
@@ -343,9 +344,13 @@ fn overlay(dir: &Path, bytes: u64, config: &Config) -> Result<Opened> {
     let made = || -> Result<Opened> {
         let file = fs::File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)?;
         let base = config.chain.first().map(|link| (link.place.to_string(), link.format.name().to_owned()));
-        create(&FileStorage::new(file.try_clone()?.into())?.without_sync(), &Create { size: bytes, backing: base, ..Create::default() })?;
+        create(
+            &FileStorage::new(file.try_clone()?.into())?.without_sync(),
+            &Create { size: bytes, backing: base, ..Create::default() },
+        )?;
         let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let past = config.direct.then(|| open(own, OFlags::CLOEXEC | OFlags::RDWR | OFlags::DIRECT, Mode::empty())).transpose()?;
+        let past =
+            config.direct.then(|| open(own, OFlags::CLOEXEC | OFlags::RDWR | OFlags::DIRECT, Mode::empty())).transpose()?;
         Opened::locked(file.into(), past, false, access)
     };
     made().with_context(|| format!("Cannot make an overlay in {} for what is written to the ephemeral disk", dir.display()))
