@@ -1,10 +1,11 @@
 //! The arguments of `outboard-blk`, and what they mean.
 
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{bail, ensure};
 use clap::{Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
 
@@ -17,6 +18,9 @@ pub const MAX_QUEUES: u16 = 64;
 
 /// Bytes of an image's tables in memory, at most, unless told otherwise.
 const CACHE: u64 = 2 << 20;
+
+/// Where what is written to an ephemeral disk goes: on a disk, where there is room for it. /tmp often lies in memory.
+const SCRATCH: &str = "/var/tmp";
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -54,14 +58,20 @@ pub enum EngineKind {
 #[command(
     name = "outboard-blk",
     version,
-    override_usage = "outboard-blk [OPTIONS] --blk-file <PATH> --format <FORMAT> <--socket-path <PATH>|--fd <FD>>\n       outboard-blk --print-capabilities"
+    override_usage = "outboard-blk [OPTIONS] <--blk-file <PATH>|--blk-fd <FD>> --format <FORMAT> <--socket-path <PATH>|--fd <FD>>\n       outboard-blk --print-capabilities"
 )]
 pub struct Args {
     #[command(flatten)]
     socket: Socket,
     /// The image file or block device
-    #[arg(long, value_name = "PATH", required_unless_present_any = ["size"])]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["blk_fd", "size"])]
     pub blk_file: Option<PathBuf>,
+    /// The same, as a descriptor. To be opened anew for each process: its lock goes with the last use of the open file
+    #[arg(long, value_name = "FD", conflicts_with_all = ["blk_file", "size"], value_parser = clap::value_parser!(i32).range(3..))]
+    pub blk_fd: Option<RawFd>,
+    /// The file of --blk-fd once more, opened past the page cache (--direct)
+    #[arg(long, value_name = "FD", requires_all = ["blk_fd", "direct"], value_parser = clap::value_parser!(i32).range(3..))]
+    pub direct_fd: Option<RawFd>,
     /// What the image is. It is never guessed
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub format: Format,
@@ -92,6 +102,10 @@ pub struct Args {
     /// The guest cannot write
     #[arg(long)]
     pub read_only: bool,
+    /// Only read the image: what is written goes to a file in DIR that has no name, and is gone when this process ends
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = SCRATCH)]
+    #[arg(conflicts_with_all = ["blk_fd", "read_only", "size"])]
+    pub ephemeral: Option<PathBuf>,
     /// Read and write past the host's page cache (O_DIRECT)
     #[arg(long)]
     pub direct: bool,
@@ -156,13 +170,35 @@ impl Arguments for Args {
     fn socket(&self) -> Option<&Socket> {
         Some(&self.socket)
     }
+
+    fn inherited(&self) -> Vec<RawFd> {
+        [self.control_fd, self.blk_fd, self.direct_fd].into_iter().flatten().collect()
+    }
+}
+
+/// Where a file is.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// There.
+    Path(PathBuf),
+    /// It is open: the descriptor, and perhaps the same file past the page cache.
+    Given(RawFd, Option<RawFd>),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Path(path) => write!(f, "{}", path.display()),
+            Place::Given(fd, _) => write!(f, "of descriptor {fd}"),
+        }
+    }
 }
 
 /// One link of a chain of images.
 #[derive(Clone, Debug)]
 pub struct Link {
     /// The file or device.
-    pub path: PathBuf,
+    pub place: Place,
     /// What it is.
     pub format: image::Format,
     /// The file with its data, if that is another one.
@@ -195,6 +231,8 @@ pub struct Config {
     pub chain: Vec<Link>,
     /// Bytes of a disk that keeps nothing.
     pub null: Option<u64>,
+    /// Where an overlay without a name is to be made, which takes what is written.
+    pub ephemeral: Option<PathBuf>,
     /// Bytes of tables in memory.
     pub cache_bytes: usize,
     /// Sizes that were given.
@@ -228,6 +266,7 @@ impl TryFrom<&Args> for Config {
         Ok(Config {
             chain: chain(args)?,
             null: args.size.filter(|_| args.format == Format::Null).map(|bytes| bytes - bytes % SECTOR),
+            ephemeral: args.ephemeral.clone(),
             cache_bytes: usize::try_from(args.cache_size).unwrap_or(usize::MAX),
             blocks: Blocks { logical: args.logical_block_size, physical: args.physical_block_size, best: args.opt_io_size },
             poll: Duration::from_micros(args.poll_limit.into()),
@@ -254,14 +293,19 @@ fn chain(args: &Args) -> anyhow::Result<Vec<Link>> {
     };
     ensure!(args.size.is_none(), "--size is the size of a disk that keeps nothing (--format null)");
     ensure!(args.backing_file.len() == args.backing_format.len(), "Each --backing-file needs a --backing-format");
-    let path = args.blk_file.clone().context("--blk-file is missing")?;
-    let top = Link { path, format, data: args.data_file.clone() };
+    let place = match (&args.blk_file, args.blk_fd) {
+        (Some(path), _) => Place::Path(path.clone()),
+        (None, Some(fd)) => Place::Given(fd, args.direct_fd),
+        (None, None) => bail!("--blk-file is missing"),
+    };
+    ensure!(args.blk_fd.is_none() || args.direct == args.direct_fd.is_some(), "--blk-fd with --direct needs --direct-fd");
+    let top = Link { place, format, data: args.data_file.clone() };
     let below = args.backing_file.iter().zip(&args.backing_format).map(|(path, format)| {
         let format = match format {
             BackingFormat::Raw => image::Format::Raw,
             BackingFormat::Qcow2 => image::Format::Qcow2,
         };
-        Link { path: path.clone(), format, data: None }
+        Link { place: Place::Path(path.clone()), format, data: None }
     });
     Ok([top].into_iter().chain(below).collect())
 }

@@ -9,8 +9,8 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,11 +18,11 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use image::{FileId, FileStorage, Format, Image, Layer, Options, Storage};
+use image::{Create, FileId, FileStorage, Format, Image, Info, Layer, Options, Storage, create};
 use rustix::fs::{Mode, OFlags, open};
 use sandbox::lock_file;
 
-use crate::args::Config;
+use crate::args::{Config, Place};
 use crate::direct::Alignment;
 use crate::engine::File;
 use crate::request::SECTOR;
@@ -55,11 +55,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens and locks the files, and looks what they are.
+    /// Opens and locks the files, and looks what they are. `given` takes descriptors over that arguments name.
     ///
     /// # Errors
     /// With the path: not there, no right to it, in use, or no image.
-    pub fn open(config: &Config) -> Result<Disk> {
+    pub fn open(config: &Config, given: impl Fn(RawFd) -> Result<OwnedFd>) -> Result<Disk> {
         if let Some(bytes) = config.null {
             return Disk::null(bytes, config);
         }
@@ -67,30 +67,26 @@ impl Disk {
         let mut layers = Vec::new();
         let mut top = None;
         for (depth, link) in config.chain.iter().enumerate() {
-            let writable = depth == 0 && !config.read_only;
-            let opened = Opened::at(&link.path, writable, config.direct)?;
+            let access =
+                Access { writable: depth == 0 && !config.read_only && config.ephemeral.is_none(), direct: config.direct };
+            let opened = Opened::find(&link.place, access, &given)?;
             let file = opened.storage(&mut files)?;
             let data = match &link.data {
-                Some(path) => Some(Opened::at(path, writable, config.direct)?.storage(&mut files)?),
+                Some(path) => Some(Opened::at(path, access)?.storage(&mut files)?),
                 None => None,
             };
             layers.push(Layer { format: link.format, file, data });
             top = top.or(Some(opened));
         }
-        let top = top.context("There is no image")?;
-        let name = config.chain.first().map(|link| link.path.display().to_string()).unwrap_or_default();
-        let cannot = || format!("Cannot use image {name}");
-        let options = Options { writable: !config.read_only, cache_bytes: config.cache_bytes };
-        let image = Image::open(&layers, options).with_context(cannot)?;
-        if image.size() < SECTOR {
-            bail!("Cannot use image {name}: It has less than one sector of {SECTOR} bytes");
+        let mut top = top.context("There is no image")?;
+        if let Some(dir) = &config.ephemeral {
+            let bytes = layers.first().map_or(Ok(0), |base| size(base, config))?;
+            top = overlay(dir, bytes, config)?;
+            let file = top.storage(&mut files)?;
+            layers.insert(0, Layer { format: Format::Qcow2, file, data: None });
         }
-        let clusters = image.cluster_size();
-        if config.direct && (1..DIRECT_CLUSTER).contains(&clusters) {
-            bail!(
-                "Cannot use image {name} past the page cache: Its clusters of {clusters} bytes are smaller than {DIRECT_CLUSTER}"
-            );
-        }
+        let name = config.chain.first().map(|link| link.place.to_string()).unwrap_or_default();
+        let image = whole(&layers, config).with_context(|| format!("Cannot use image {name}"))?;
         Ok(Disk {
             topology: top.topology(config),
             direct: config.direct.then(|| topology::alignment(&top.data)),
@@ -252,30 +248,52 @@ struct Opened {
     direct: bool,
 }
 
+/// How a file is used.
+#[derive(Clone, Copy, Debug)]
+struct Access {
+    writable: bool,
+    direct: bool,
+}
+
 impl Opened {
-    fn at(path: &Path, writable: bool, direct: bool) -> Result<Opened> {
+    fn find(place: &Place, access: Access, given: &impl Fn(RawFd) -> Result<OwnedFd>) -> Result<Opened> {
+        match place {
+            Place::Path(path) => Opened::at(path, access),
+            Place::Given(fd, past) => {
+                let plain = given(*fd)?;
+                let past = past.map(given).transpose()?;
+                Opened::locked(plain, past, false, access).with_context(|| format!("Cannot use the image {place}"))
+            }
+        }
+    }
+
+    fn at(path: &Path, access: Access) -> Result<Opened> {
         let name = path.display();
         let metadata = fs::metadata(path).with_context(|| format!("Cannot open image {name}"))?;
         let device = metadata.file_type().is_block_device();
         if !device && !metadata.is_file() {
             bail!("Cannot open image {name}: It is neither a file nor a block device");
         }
-        let mut flags = OFlags::CLOEXEC | if writable { OFlags::RDWR } else { OFlags::RDONLY };
-        if device && writable {
+        let mut flags = OFlags::CLOEXEC | if access.writable { OFlags::RDWR } else { OFlags::RDONLY };
+        if device && access.writable {
             // A block device that is mounted, or part of something else, is refused by the kernel.
             flags |= OFlags::EXCL;
         }
         let open = |flags| open(path, flags, Mode::empty()).with_context(|| format!("Cannot open image {name}"));
         let plain = open(flags)?;
-        let data = if direct {
-            let past = open(flags.difference(OFlags::EXCL) | OFlags::DIRECT).context("Its file system may not offer O_DIRECT")?;
-            Arc::new(past)
-        } else {
-            Arc::new(plain.try_clone().context("Cannot share the image")?)
+        let past = flags.difference(OFlags::EXCL) | OFlags::DIRECT;
+        let past = access.direct.then(|| open(past).context("Its file system may not offer O_DIRECT")).transpose()?;
+        Opened::locked(plain, past, device, access).with_context(|| format!("Cannot use image {name}"))
+    }
+
+    fn locked(plain: OwnedFd, past: Option<OwnedFd>, device: bool, access: Access) -> Result<Opened> {
+        let data = match past {
+            Some(past) => past,
+            None => plain.try_clone().context("Cannot share the image")?,
         };
         // What is in flight when the process dies goes through this descriptor, so it is this one whose lock has to outlast it.
-        lock(&data, writable).with_context(|| format!("Cannot use image {name}"))?;
-        Ok(Opened { plain, data, device, direct })
+        lock(&data, access.writable)?;
+        Ok(Opened { plain, data: Arc::new(data), device, direct: access.direct })
     }
 
     /// As the image's code wants it. `files` learns how its data moves.
@@ -296,6 +314,46 @@ impl Opened {
         let lifetime = if self.device { topology::lifetime(&self.plain) } else { None };
         Abilities { read_only: config.read_only, secure_erase: false, lifetime }
     }
+}
+
+/// The image that all layers make, if it can be used as it is to be.
+fn whole(layers: &[Layer], config: &Config) -> Result<Arc<Image>> {
+    let options = Options { writable: !config.read_only, cache_bytes: config.cache_bytes };
+    let image = Image::open(layers, options)?;
+    if image.size() < SECTOR {
+        bail!("It has less than one sector of {SECTOR} bytes");
+    }
+    let clusters = image.cluster_size();
+    if config.direct && (1..DIRECT_CLUSTER).contains(&clusters) {
+        bail!("Its clusters of {clusters} bytes are smaller than {DIRECT_CLUSTER}, so it cannot be used past the page cache");
+    }
+    Ok(image)
+}
+
+/// Bytes of the disk in an image, with whole sectors.
+fn size(base: &Layer, config: &Config) -> Result<u64> {
+    let info = Info::read(base.format, &*base.file);
+    let name = config.chain.first().map(|link| link.place.to_string()).unwrap_or_default();
+    let bytes = info.with_context(|| format!("Cannot use image {name}"))?.size;
+    Ok(bytes - bytes % SECTOR)
+}
+
+/// A fresh overlay in a file without a name: it goes with the last process that has it open.
+fn overlay(dir: &Path, bytes: u64, config: &Config) -> Result<Opened> {
+    let access = Access { writable: true, direct: config.direct };
+    let made = || -> Result<Opened> {
+        let file = fs::File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)?;
+        let base = config.chain.first().map(|link| (link.place.to_string(), link.format.name().to_owned()));
+        create(
+            &FileStorage::new(file.try_clone()?.into())?.without_sync(),
+            &Create { size: bytes, backing: base, ..Create::default() },
+        )?;
+        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let past =
+            config.direct.then(|| open(own, OFlags::CLOEXEC | OFlags::RDWR | OFlags::DIRECT, Mode::empty())).transpose()?;
+        Opened::locked(file.into(), past, false, access)
+    };
+    made().with_context(|| format!("Cannot make an overlay in {} for what is written to the ephemeral disk", dir.display()))
 }
 
 /// One writer, or many readers. The lock goes with the last use of the open file.

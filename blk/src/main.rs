@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
         let config = Config::try_from(startup.args())?;
         let trust = startup.args().memory.trust();
-        let disk = Disk::open(&config)?;
+        let disk = Disk::open(&config, |fd| startup.inherited(fd))?;
         let engines = Engines::open(&disk, &config)?;
         virtio::metrics::publish_with(startup.metrics()?, &metrics::ALL, &metrics::TIMES, config.queues)?;
         let entrance = entrance(&startup)?;

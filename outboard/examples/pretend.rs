@@ -8,6 +8,7 @@
 //! - `blk:mute` never says that it serves;
 //! - a console with `--socket` greets each client and gives back what is typed;
 //! - every stand-in shows one counter of its own, 7, and one that is not its own;
+//! - a disk obeys its control socket; `blk:refuse` refuses overlays, `blk:takes` dies when it has got one, `blk:silent` never answers;
 //! - `blk:1` fails with status 1 and a sentence, `blk:crash` aborts after serving for a moment, `console:leave` ends with 0.
 
 use std::ffi::OsString;
@@ -60,6 +61,10 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
     if let Some(path) = value(args, "--socket") {
         echo(path);
     }
+    if let Some(control) = descriptor(args, "--control-fd") {
+        let (args, wish) = (args.to_vec(), wish.to_owned());
+        thread::spawn(move || obey(&control, &args, &wish));
+    }
     let mut connection = UnixStream::from(connection);
     if wish == "mute" {
         let _hung_up = connection.read(&mut [0]);
@@ -76,6 +81,36 @@ fn device(name: &str, args: &[String], wish: &str) -> ExitCode {
     }
     let _hung_up = connection.read(&mut [0]);
     ExitCode::SUCCESS
+}
+
+/// A disk of 1 MiB that does what its owner wants.
+fn obey(control: &OwnedFd, args: &[String], wish: &str) {
+    let limit = |flag: &str| {
+        let (rate, burst) = value(args, flag).map_or(("0", "0"), |text| text.split_once(':').unwrap_or((text, "0")));
+        let number = |text: &str| text.parse::<u64>().unwrap_or(0);
+        json!({"per_second": number(rate), "burst": number(burst)})
+    };
+    let mut limits = json!({"operations": limit("--limit-ops"), "bytes": limit("--limit-bytes")});
+    let mut bytes = 1_u64 << 20;
+    while let Some((command, overlay)) = hear(control) {
+        let mut refused = None;
+        match command["command"].as_str().unwrap_or_default() {
+            "resize" => bytes = command["bytes"].as_u64().unwrap_or(0),
+            "limit" => limits = json!({"operations": command["operations"], "bytes": command["bytes"]}),
+            "snapshot" | "reset" if wish == "takes" => abort(),
+            "snapshot" | "reset" if wish == "refuse" => refused = Some("The overlay cannot be used"),
+            "snapshot" | "reset" if overlay.is_none() => refused = Some("There is no overlay"),
+            _ if wish == "silent" => continue,
+            _ => {}
+        }
+        let answer = match refused {
+            Some(says) => json!({"ok": false, "error": says}),
+            None => json!({"ok": true, "bytes": bytes, "read-only": false, "direct": false, "limits": limits}),
+        };
+        let mut none = SendAncillaryBuffer::default();
+        let line = format!("{answer}\n");
+        let _composer_gone = sendmsg(control, &[IoSlice::new(line.as_bytes())], &mut none, SendFlags::NOSIGNAL);
+    }
 }
 
 /// A console to attach to: it greets each client and gives back what is typed.

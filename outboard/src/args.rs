@@ -47,6 +47,8 @@ pub enum Command {
     Doctor(Doctor),
     /// Make disk images, say what they are, and look for what is wrong with them
     Image(Image),
+    /// Look at the disks of a running machine and change them: snapshot, reset, resize, limit
+    Disk(Disk),
     /// Print a shell's completions of this command
     Completions(Completions),
     /// Print this command's manual page, or write all pages
@@ -83,6 +85,10 @@ Examples:
   outboard run --kernel vmlinuz --initrd initrd.img --cmdline 'console=hvc0 root=/dev/vda' \\
                --memory 512M --cpus 2 --disk path=root.img,format=raw --rng --console terminal";
 
+const DISK: &str = "\
+A disk: path=PATH[,format=raw|qcow2][,backing=FORMAT:PATH]...[,data-file=PATH][,readonly][,ephemeral[=DIR]][,cache=page|direct]\
+[,engine=auto|io-uring|threads][,limit-ops=N[:BURST]][,limit-bytes=SIZE[:BURST]][,queues=N][,serial=TEXT]";
+
 /// A machine in flags.
 #[derive(Debug, Default, clap::Args)]
 pub struct Flags {
@@ -105,7 +111,7 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
     /// A disk: `path=PATH` and more, see `--help`
-    #[arg(help = "A disk: path=PATH[,format=raw][,readonly][,queues=N][,serial=TEXT]", long, value_name = "DISK")]
+    #[arg(help = DISK, long, value_name = "DISK")]
     pub disk: Vec<String>,
     /// A source of random numbers
     #[arg(long)]
@@ -346,6 +352,59 @@ pub struct ImageCheck {
     /// For programs: JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Disks of a running machine.
+#[derive(Debug, clap::Args)]
+pub struct Disk {
+    /// The machine's name
+    pub machine: String,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: DiskCommand,
+}
+
+/// What to do with a disk that is in use.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Say what a disk is, and which images it consists of
+    Status {
+        /// Only this disk
+        disk: Option<String>,
+        /// For programs: JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Leave the image as it is now, and go on in a new file on top of it
+    Snapshot {
+        /// The disk, as the machine file calls it
+        disk: String,
+        /// The new file, a qcow2 image. One that is there is never overwritten
+        new_file: PathBuf,
+    },
+    /// Forget what was written to the top image (of an ephemeral disk: since the machine started)
+    Reset {
+        /// The disk, which is ephemeral or an overlay
+        disk: String,
+    },
+    /// Make it larger; the guest is told
+    Resize {
+        /// The disk
+        disk: String,
+        /// Its new size, such as 20G
+        size: String,
+    },
+    /// Set how much it may be used; what is not given stays as it is
+    Limit {
+        /// The disk
+        disk: String,
+        /// Most requests in a second, and how many at once after a pause: N or N:BURST; 0: no limit
+        #[arg(long, value_name = "N[:BURST]", required_unless_present = "bytes")]
+        ops: Option<String>,
+        /// Most bytes in a second, and how many at once after a pause: such as 50M or 50M:200M; 0M: no limit
+        #[arg(long, value_name = "SIZE[:BURST]")]
+        bytes: Option<String>,
+    },
 }
 
 /// Print completions.

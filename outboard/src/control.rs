@@ -1,11 +1,12 @@
 //! The control socket of a running machine: JSON lines as QEMU's monitor protocol (QMP) has them, so that existing clients
-//! work. Two commands are ours: `query-outboard` answers with the machine's processes, `query-outboard-stats` with what they use
-//! and count as well.
+//! work. Some commands are ours: `query-outboard` answers with the machine's processes, `query-outboard-stats` with what they use
+//! and count as well; those about [disks](disk) are answered when the disk's process has answered.
 //!
 //! The socket lies in a directory that only its owner can enter. Even so nobody can harm the machine by accident: a client
 //! that does not read is dropped, a line has a greatest length, and there are only so many clients.
 
 pub mod client;
+pub mod disk;
 pub mod report;
 
 use std::io::Write;
@@ -40,7 +41,7 @@ pub trait Machine {
 }
 
 /// What a client wants of the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wish {
     /// `system_powerdown`
     PowerButton,
@@ -48,18 +49,37 @@ pub enum Wish {
     Reset,
     /// `quit`
     Quit,
+    /// Something of a disk. The client is answered later, with [`Server::reply`].
+    Disk {
+        /// Who is to be answered.
+        ticket: Ticket,
+        /// The disk's name.
+        device: String,
+        /// What is asked.
+        request: disk::Request,
+    },
+}
+
+/// Who is to be answered, when there is an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ticket {
+    client: u64,
+    id: Option<Value>,
 }
 
 /// The listening end with its clients.
 #[derive(Debug)]
-pub struct Server(Clients<Owner>);
+pub struct Server(Clients<Owner>, u64);
 
 /// Whoever speaks the protocol.
 #[derive(Debug)]
 struct Owner {
     stream: UnixStream,
+    number: u64,
     input: Vec<u8>,
     negotiated: bool,
+    /// It gets an answer before its next line is read: answers have the order of the commands.
+    waiting: bool,
     gone: bool,
 }
 
@@ -76,7 +96,7 @@ impl Client for Owner {
 impl Server {
     /// Listens at a path.
     pub fn new(path: &Path) -> Result<Self> {
-        Clients::new(path, MOST_CLIENTS).map(Self)
+        Clients::new(path, MOST_CLIENTS).map(|clients| Self(clients, 0))
     }
 
     /// What to wait for: new clients first, then each client's words.
@@ -86,8 +106,10 @@ impl Server {
 
     /// Takes in a new client and greets it.
     pub fn accept(&mut self) {
+        self.1 = self.1.wrapping_add(1);
+        let number = self.1;
         self.0.accept(|stream| {
-            let mut client = Owner { stream, input: Vec::new(), negotiated: false, gone: false };
+            let mut client = Owner { stream, number, input: Vec::new(), negotiated: false, waiting: false, gone: false };
             client.send(&json!({"QMP": {"version": version(), "capabilities": []}}));
             client
         });
@@ -98,7 +120,27 @@ impl Server {
         let Some(client) = self.0.get_mut(index) else {
             return Vec::new();
         };
-        client.read().iter().filter_map(|line| client.obey(line, machine)).collect()
+        client.read();
+        let mut wishes = Vec::new();
+        while !client.waiting
+            && let Some(line) = client.line()
+        {
+            wishes.extend(client.obey(&line, machine));
+        }
+        wishes
+    }
+
+    /// Answers a client that has waited. It may have said more in the meantime: it is to be heard again under this number.
+    pub fn reply(&mut self, ticket: &Ticket, answer: Result<Value, String>) -> Option<usize> {
+        let index = self.0.iter().position(|client| client.number == ticket.client)?;
+        let client = self.0.get_mut(index)?;
+        client.waiting = false;
+        let message = match answer {
+            Ok(value) => json!({"return": value}),
+            Err(says) => error("GenericError", &says),
+        };
+        client.send(&with_id(message, ticket.id.as_ref()));
+        Some(index)
     }
 
     /// Tells every client what happened.
@@ -118,17 +160,15 @@ impl Server {
 }
 
 impl Owner {
-    fn read(&mut self) -> Vec<Vec<u8>> {
+    fn read(&mut self) {
         self.gone |= !clients::read::<4096>(&self.stream, &mut self.input);
-        let mut lines = Vec::new();
-        while let Some(end) = self.input.iter().position(|byte| *byte == b'\n') {
-            let rest = self.input.split_off(end + 1);
-            lines.push(std::mem::replace(&mut self.input, rest));
-        }
-        if self.input.len() > LONGEST_LINE {
-            self.gone = true;
-        }
-        lines
+        self.gone |= self.input.len() > LONGEST_LINE;
+    }
+
+    fn line(&mut self) -> Option<Vec<u8>> {
+        let end = self.input.iter().position(|byte| *byte == b'\n')?;
+        let rest = self.input.split_off(end + 1);
+        Some(std::mem::replace(&mut self.input, rest))
     }
 
     /// Answers one command.
@@ -141,11 +181,17 @@ impl Owner {
             return None;
         };
         let name = message.get("execute").and_then(Value::as_str).unwrap_or_default();
-        let (mut answer, wish) = self.answer(name, machine);
-        if let (Some(id), Some(answer)) = (message.get("id"), answer.as_object_mut()) {
-            answer.insert("id".to_owned(), id.clone());
-        }
-        self.send(&answer);
+        let id = message.get("id");
+        let (answer, wish) = match disk::read(name, message.get("arguments")).filter(|_| self.negotiated) {
+            Some(Ok((device, request))) => {
+                self.waiting = true;
+                let ticket = Ticket { client: self.number, id: id.cloned() };
+                return Some(Wish::Disk { ticket, device, request });
+            }
+            Some(Err(says)) => (error("GenericError", &says), None),
+            None => self.answer(name, machine),
+        };
+        self.send(&with_id(answer, id));
         wish
     }
 
@@ -167,7 +213,7 @@ impl Owner {
             "query-name" => (json!({"return": {"name": machine.answer(Ask::Report)["name"]}}), None),
             "query-version" => (json!({"return": version()}), None),
             "query-commands" => {
-                let names: Vec<Value> = COMMANDS.iter().map(|name| json!({"name": name})).collect();
+                let names: Vec<Value> = COMMANDS.iter().chain(&disk::COMMANDS).map(|name| json!({"name": name})).collect();
                 (json!({"return": names}), None)
             }
             "query-outboard" => (json!({"return": machine.answer(Ask::Report)}), None),
@@ -201,6 +247,13 @@ const COMMANDS: &[&str] = &[
     "system_powerdown",
     "system_reset",
 ];
+
+fn with_id(mut message: Value, id: Option<&Value>) -> Value {
+    if let (Some(id), Some(message)) = (id, message.as_object_mut()) {
+        message.insert("id".to_owned(), id.clone());
+    }
+    message
+}
 
 fn version() -> Value {
     json!({"qemu": {"major": 0, "minor": 0, "micro": 0}, "package": concat!("outboard ", env!("CARGO_PKG_VERSION"))})

@@ -72,6 +72,14 @@ fn format(format: ImageFormat) -> Format {
     }
 }
 
+impl ImageFormat {
+    /// As it is written everywhere.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        format(self).name()
+    }
+}
+
 fn open(path: &Path, writable: bool) -> Result<File> {
     File::options().read(true).write(writable).open(path).with_context(|| format!("Cannot open image {}", path.display()))
 }
@@ -267,13 +275,18 @@ fn backing_size(args: &ImageCreate, backing: &Path) -> Result<u64> {
         let len = fs::metadata(&path).with_context(|| format!("Cannot look at the backing image {}", path.display()))?.len();
         return Ok(len.next_multiple_of(512));
     }
+    qcow2_size(&path)
+}
+
+/// The size of the disk in a qcow2 image, from a process of its own: whoever asks reads nothing of the image.
+pub fn qcow2_size(path: &Path) -> Result<u64> {
     let own = env::current_exe().context("Cannot find out where outboard itself is")?;
-    let asked = Command::new(own).args(["image", "info", "--json", "--format", "qcow2", "--"]).arg(&path).output();
-    let asked = asked.context("Cannot ask for the size of the backing image")?;
+    let asked = Command::new(own).args(["image", "info", "--json", "--format", "qcow2", "--"]).arg(path).output();
+    let asked = asked.context("Cannot ask for the size of an image")?;
     if !asked.status.success() {
         let said = String::from_utf8_lossy(&asked.stderr);
         bail!("{}", said.trim().trim_start_matches("outboard: "));
     }
-    let info: Value = serde_json::from_slice(&asked.stdout).context("Cannot understand what was said of the backing image")?;
-    info["size"].as_u64().context("Cannot understand what was said of the backing image")
+    let info: Value = serde_json::from_slice(&asked.stdout).context("Cannot understand what was said of an image")?;
+    info["size"].as_u64().context("Cannot understand what was said of an image")
 }

@@ -29,6 +29,7 @@ pub mod check;
 mod clients;
 pub mod console;
 pub mod control;
+pub mod disks;
 pub mod doctor;
 pub mod error;
 pub mod events;
@@ -40,6 +41,7 @@ pub mod machine;
 pub mod metrics;
 pub mod moment;
 pub mod notices;
+pub mod overlay;
 pub mod pages;
 pub mod ps;
 pub mod runtime;
@@ -74,6 +76,7 @@ pub fn main() -> ExitCode {
         Command::Image(args) => images::run(&args),
         Command::Completions(args) => pages::completions(&args),
         Command::Man(args) => pages::man(&args),
+        Command::Disk(args) => disks::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Janitor(args) => janitor::run(&args),
     };

@@ -4,6 +4,7 @@
 //! because a process that is started in a mount namespace of its own has another idea of where it stands.
 
 pub mod check;
+pub mod disk;
 pub mod file;
 pub mod flags;
 pub mod nearest;
@@ -13,6 +14,7 @@ pub mod size;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use self::disk::Disk;
 use crate::args::OnReboot;
 use crate::usage;
 
@@ -119,8 +121,8 @@ pub struct Program {
     pub args: Vec<OsString>,
     /// What it gets of our standard streams.
     pub stdio: Stdio,
-    /// A file that must be there before the program is started.
-    pub needs: Option<PathBuf>,
+    /// The disk it serves: what it is told of that depends on what happens to the disk.
+    pub disk: Option<Box<Disk>>,
 }
 
 /// What is kept of a console's output while nobody is attached: a boot with all its messages, several times over.
@@ -159,40 +161,7 @@ impl Program {
     #[must_use]
     pub fn without_terminal(&self) -> Self {
         let args = vec!["--file".into(), "/dev/null".into()];
-        Self { name: self.name, args, stdio: Stdio::Nothing, needs: None }
-    }
-}
-
-/// A disk, before it becomes a device.
-#[derive(Debug)]
-pub struct Disk {
-    /// The image.
-    pub path: PathBuf,
-    /// Without writing to it.
-    pub readonly: bool,
-    /// Request queues.
-    pub queues: Option<u16>,
-    /// What the guest reads as the disk's serial number.
-    pub serial: Option<String>,
-}
-
-impl Disk {
-    /// The device.
-    #[must_use]
-    pub fn device(self, name: String) -> Device {
-        let mut args: Vec<OsString> = vec!["--blk-file".into(), self.path.clone().into()];
-        args.extend(["--format".into(), "raw".into()]);
-        if self.readonly {
-            args.push("--read-only".into());
-        }
-        if let Some(queues) = self.queues {
-            args.extend(["--num-queues".into(), queues.to_string().into()]);
-        }
-        if let Some(serial) = self.serial {
-            args.extend(["--serial".into(), serial.into()]);
-        }
-        let program = Program { name: "outboard-blk", args, stdio: Stdio::Nothing, needs: Some(self.path) };
-        Device { name, class: Class::Named("blk".to_owned()), queues: self.queues, backend: Backend::Process(program) }
+        Self { name: self.name, args, stdio: Stdio::Nothing, disk: None }
     }
 }
 
@@ -204,7 +173,7 @@ pub fn rng(name: String, limit: Option<(u32, u32)>) -> Device {
         args.extend(["--max-bytes".into(), bytes.to_string().into()]);
         args.extend(["--period".into(), milliseconds.to_string().into()]);
     }
-    let program = Program { name: "outboard-rng", args, stdio: Stdio::Nothing, needs: None };
+    let program = Program { name: "outboard-rng", args, stdio: Stdio::Nothing, disk: None };
     Device { name, class: Class::Named("rng".to_owned()), queues: None, backend: Backend::Process(program) }
 }
 
@@ -241,7 +210,7 @@ impl Console {
             Self::File(path) => vec!["--file".into(), path.into()],
             Self::Socket(path) => vec!["--socket".into(), path.into()],
         };
-        let program = Program { name: "outboard-console", args, stdio, needs: None };
+        let program = Program { name: "outboard-console", args, stdio, disk: None };
         Device { name, class: Class::Named("console".to_owned()), queues: None, backend: Backend::Process(program) }
     }
 }

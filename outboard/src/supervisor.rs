@@ -3,6 +3,7 @@
 //! Everything happens in one loop on one thread (`Supervisor::run`): it waits for signals, for the VMM's events, for the end
 //! and the words of each process, for clients of the control socket, and for the next moment at which something is due.
 
+pub mod drive;
 pub mod ending;
 pub mod policy;
 pub mod process;
@@ -24,6 +25,7 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 use sandbox::NetNamespace;
 
+use self::drive::Drive;
 use self::ending::{End, Wanted};
 use self::process::{Ending, Process};
 use self::programs::Programs;
@@ -93,6 +95,7 @@ enum Source {
     VmmLog,
     End(usize),
     Log(usize),
+    Disk(usize),
     NewClient,
     Client(usize),
     NewScraper,
@@ -112,12 +115,14 @@ impl Supervisor<'_> {
                     Source::VmmLog => self.vmm.log.read(),
                     Source::End(index) => self.process_ended(index),
                     Source::Log(index) => self.process_spoke(index),
+                    Source::Disk(index) => self.disk_spoke(index),
                     Source::NewClient => self.control.accept(),
                     Source::Client(index) => self.client_spoke(index),
                     Source::NewScraper => self.metrics.accept(),
                     Source::Scraper(index) => self.scraped(index),
                 }
             }
+            self.answer_clients();
             self.control.sweep();
             self.metrics.sweep();
             self.do_what_is_due();
@@ -156,6 +161,7 @@ impl Supervisor<'_> {
                 sources.extend(process.log.source().map(|fd| (Source::Log(index), fd)));
                 sources.push((Source::End(index), process.pidfd.as_fd()));
             }
+            sources.extend(slot.drive.as_ref().and_then(Drive::source).map(|fd| (Source::Disk(index), fd)));
         }
         let (listener, clients) = self.control.sources();
         sources.push((Source::NewClient, listener));
@@ -282,6 +288,9 @@ impl Supervisor<'_> {
             return self.fail(format!("The device `{name}` did not start: {words}"));
         }
         process.log.release();
+        if let Some(drive) = &mut slot.drive {
+            drive.lost();
+        }
         let left = slot.is_terminal() && slot.served && ending == Ending::Exit(0);
         // A device process ends in order when the VMM hangs up, and that it does when it ends itself. One that was killed is
         // started again without a delay, unless there is no VMM any more.
@@ -304,6 +313,9 @@ impl Supervisor<'_> {
             return;
         };
         if self.machine.restart == Restart::Never {
+            if let Some(drive) = &mut slot.drive {
+                drive.give_up();
+            }
             self.happened(&Event::of(What::GaveUp, &name).because(Some("restart is `never`".to_owned())));
             return notices::line(&format!("{name}: the process {ending}; it is not started again"));
         }
@@ -325,6 +337,7 @@ impl Supervisor<'_> {
             Wish::PowerButton => self.press_power_button(None),
             Wish::Reset => self.tell(&Command::Reset),
             Wish::Quit => self.quit(Wanted::Now),
+            Wish::Disk { ticket, device, request } => self.ask_disk(ticket, &device, request),
         }
     }
 
@@ -388,6 +401,9 @@ impl Supervisor<'_> {
             let Some(slot) = self.slots.get_mut(index) else {
                 continue;
             };
+            if let Some(drive) = &mut slot.drive {
+                drive.expire(now);
+            }
             let retry = slot.retry_at.is_some_and(|due| due <= now);
             if let Some(wrong) = slot.kill_if_due(now, self.machine.restart != Restart::Never) {
                 let event = Event::of(What::ProcessHung, &slot.device.name);

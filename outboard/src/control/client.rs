@@ -13,6 +13,9 @@ use super::report::Report;
 /// The composer answers within one round of its loop.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
+/// It gives up before on a disk's process.
+const DISK_LIMIT: Duration = Duration::from_secs(40);
+
 /// A connection to a running machine.
 #[derive(Debug)]
 pub struct Client {
@@ -38,8 +41,17 @@ impl Client {
 
     /// Carries out a command and returns its answer.
     pub fn execute(&mut self, command: &str) -> Result<Value> {
-        let line = format!("{}\n", json!({"execute": command}));
-        self.stream.get_mut().set_read_timeout(Some(ANSWER_LIMIT)).context("Cannot set up the connection")?;
+        self.ask(command, &json!({"execute": command}), ANSWER_LIMIT)
+    }
+
+    /// The same for one that a disk's process answers.
+    pub fn disk(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        self.ask(command, &json!({"execute": command, "arguments": arguments}), DISK_LIMIT)
+    }
+
+    fn ask(&mut self, command: &str, message: &Value, limit: Duration) -> Result<Value> {
+        let line = format!("{message}\n");
+        self.stream.get_mut().set_read_timeout(Some(limit)).context("Cannot set up the connection")?;
         self.stream.get_mut().write_all(line.as_bytes()).context("The machine does not listen")?;
         loop {
             let mut message = self.message().with_context(|| format!("No answer to {command}"))?;

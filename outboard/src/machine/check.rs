@@ -7,8 +7,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use super::disk::Disk;
 use super::schema::MOST_CPUS;
-use super::{Backend, Machine, Program, Stdio, size};
+use super::{Backend, Machine, Stdio, size};
 use crate::usage;
 
 /// What a Linux kernel needs beside its own image and its initrd to reach its first process.
@@ -41,7 +42,7 @@ pub fn all(machine: &Machine) -> Vec<(String, anyhow::Error)> {
         note(&device.name, name(&device.name, "device"));
         note(&device.name, unique(&device.name, &mut names));
         let backend = match &device.backend {
-            Backend::Process(program) => image(program, &device.name),
+            Backend::Process(program) => program.disk.as_ref().map_or(Ok(()), |disk| images(disk, &device.name)),
             Backend::Socket(path) => socket(path, &device.name),
         };
         note(&device.name, backend);
@@ -123,11 +124,16 @@ fn about(what: &str, path: &Path) -> String {
     format!("Cannot open the {what} {}", path.display())
 }
 
-fn image(program: &Program, device: &str) -> Result<()> {
-    let Some(path) = &program.needs else {
-        return Ok(());
-    };
-    File::open(path).with_context(|| format!("Cannot open the image {} of the disk `{device}`", path.display()))?;
+fn images(disk: &Disk, device: &str) -> Result<()> {
+    disk.check(device)?;
+    for path in disk.files() {
+        File::open(path).with_context(|| format!("Cannot open the image {} of the disk `{device}`", path.display()))?;
+    }
+    if let Some(dir) = &disk.ephemeral
+        && !metadata(dir).is_ok_and(|found| found.is_dir())
+    {
+        bail!("Cannot put what is written to the ephemeral disk `{device}` into {}: it is not a directory", dir.display());
+    }
     Ok(())
 }
 

@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf, absolute};
 use anyhow::{Context, Result};
 
 use self::values::Values;
-use super::{Backend, Class, Console, Device, Disk, Machine, Restart, Serial, rng, size};
-use crate::args::OnReboot;
+use super::disk::{Disk, Image, Limits, Rate, SCRATCH};
+use super::{Backend, Class, Console, Device, Machine, Restart, Serial, rng, size};
+use crate::args::{ImageFormat, OnReboot};
 use crate::error::Usage;
 
 /// The period of a limited source of random numbers, in milliseconds.
@@ -133,8 +134,32 @@ fn queues(table: &Values) -> Option<u16> {
 }
 
 fn disk(table: &Values, dir: &Path) -> Device {
-    let (readonly, serial) = (table.yes("readonly"), table.text("serial"));
-    Disk { path: path(table, "path", dir), readonly, queues: queues(table), serial }.device(table.name.clone())
+    let top = Image { path: path(table, "path", dir), format: image_format(&table.text("format").unwrap_or_default()) };
+    let below = table.chain("backing").into_iter();
+    let below = below.map(|(path, format)| Image { path: dir.join(path), format: image_format(&format) });
+    let scratch = || table.text("ephemeral-dir").map_or_else(|| SCRATCH.into(), |path| dir.join(path));
+    let count = |key: &str| table.number(key).map_or(0, u64::from);
+    let bytes = |key: &str| table.text(key).and_then(|text| size::parse(&text).ok()).unwrap_or(0);
+    Disk {
+        images: [top].into_iter().chain(below).collect(),
+        data_file: table.text("data-file").map(|path| dir.join(path)),
+        ephemeral: table.yes("ephemeral").then(scratch),
+        readonly: table.yes("readonly"),
+        direct: table.is("cache", "direct"),
+        engine: table.text("engine"),
+        limits: Limits {
+            operations: Rate { per_second: count("limit-ops"), burst: count("limit-ops-burst") },
+            bytes: Rate { per_second: bytes("limit-bytes"), burst: bytes("limit-bytes-burst") },
+        },
+        queues: queues(table),
+        serial: table.text("serial"),
+    }
+    .device(table.name.clone())
+}
+
+/// As the schema lets it be written.
+fn image_format(word: &str) -> ImageFormat {
+    if word == "qcow2" { ImageFormat::Qcow2 } else { ImageFormat::Raw }
 }
 
 fn rng_device(table: &Values) -> Device {

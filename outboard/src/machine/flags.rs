@@ -5,16 +5,17 @@ use std::process;
 
 use anyhow::{Context, Result};
 
+use super::disk::{self, Disk, Image, SCRATCH};
 use super::nearest::nearest;
-use super::{Backend, Class, Console, Device, Disk, Machine, Restart, file, rng, size};
-use crate::args::Flags;
+use super::{Backend, Class, Console, Device, Machine, Restart, file, rng, size};
+use crate::args::{Flags, ImageFormat};
 use crate::usage;
 
 /// The machine that the flags describe, with paths relative to `dir`.
 pub fn machine(flags: &Flags, dir: &Path) -> Result<Machine> {
     let mut devices = Vec::new();
     for (index, text) in flags.disk.iter().enumerate() {
-        devices.push(disk(text, index, dir)?);
+        devices.push(disk_device(text, index, dir)?);
     }
     if flags.rng {
         devices.push(rng("rng0".to_owned(), None));
@@ -43,29 +44,69 @@ pub fn machine(flags: &Flags, dir: &Path) -> Result<Machine> {
     })
 }
 
-fn disk(text: &str, index: usize, dir: &Path) -> Result<Device> {
+fn disk_device(text: &str, index: usize, dir: &Path) -> Result<Device> {
     let mut path = None;
-    let mut disk = Disk { path: PathBuf::new(), readonly: false, queues: None, serial: None };
+    let mut format = ImageFormat::Raw;
+    let mut disk = Disk::default();
     for (key, value) in pairs(text) {
         match (key, value) {
             ("path", Some(value)) => path = Some(dir.join(value)),
-            ("format", Some("raw")) => {}
-            ("format", Some(other)) => {
-                usage!("--disk {text}: The format `{other}` is not known; known is `raw`")
+            ("format", Some(word)) => format = image_format(word, text)?,
+            ("backing", Some(value)) => {
+                let Some((word, below)) = value.split_once(':') else {
+                    usage!("--disk {text}: An image below another is written backing=FORMAT:PATH");
+                };
+                disk.images.push(Image { path: dir.join(below), format: image_format(word, text)? });
             }
+            ("data-file", Some(value)) => disk.data_file = Some(dir.join(value)),
+            ("ephemeral", value) => disk.ephemeral = Some(value.map_or_else(|| SCRATCH.into(), |path| dir.join(path))),
+            ("cache", Some("page")) => disk.direct = false,
+            ("cache", Some("direct")) => disk.direct = true,
+            ("engine", Some(word @ ("auto" | "io-uring" | "threads"))) => disk.engine = Some(word.to_owned()),
+            ("limit-ops", Some(value)) => disk.limits.operations = about(text, disk::operations(value))?,
+            ("limit-bytes", Some(value)) => disk.limits.bytes = about(text, disk::bytes(value))?,
+            ("cache" | "engine", Some(value)) => usage!("--disk {text}: Unknown value `{value}`; see outboard run --help"),
             ("readonly", None) => disk.readonly = true,
             ("queues", Some(value)) => disk.queues = Some(number(value, "--disk", text)?),
             ("serial", Some(value)) => disk.serial = Some(value.to_owned()),
             _ => {
-                return unknown("--disk", text, key, &["path", "format", "readonly", "queues", "serial"]);
+                return unknown("--disk", text, key, DISK_KEYS);
             }
         }
     }
     let Some(path) = path else {
         usage!("--disk {text}: A disk needs path=PATH");
     };
-    disk.path = path;
+    disk.images.insert(0, Image { path, format });
     Ok(disk.device(format!("disk{index}")))
+}
+
+const DISK_KEYS: &[&str] = &[
+    "path",
+    "format",
+    "backing",
+    "data-file",
+    "ephemeral",
+    "cache",
+    "engine",
+    "limit-ops",
+    "limit-bytes",
+    "readonly",
+    "queues",
+    "serial",
+];
+
+fn image_format(word: &str, text: &str) -> Result<ImageFormat> {
+    match word {
+        "raw" => Ok(ImageFormat::Raw),
+        "qcow2" => Ok(ImageFormat::Qcow2),
+        _ => usage!("--disk {text}: The format `{word}` is not known; known are `raw` and `qcow2`"),
+    }
+}
+
+/// A mistake in one of a disk's values.
+fn about<T>(text: &str, read: Result<T>) -> Result<T> {
+    read.map_err(|error| crate::error::Usage(format!("--disk {text}: {error}")).into())
 }
 
 fn console(text: &str, index: usize, dir: &Path) -> Result<Device> {
@@ -131,7 +172,7 @@ pub fn here() -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Stdio;
+    use crate::machine::{Program, Stdio};
 
     #[test]
     fn a_machine_in_flags() {
@@ -153,9 +194,34 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_in_flags_with_everything() {
+        let text = "path=t,format=qcow2,backing=qcow2:m,backing=raw:/b,ephemeral=s,cache=direct,engine=threads,\
+                    limit-ops=9:20,limit-bytes=1M";
+        let device = disk_device(text, 0, Path::new("/w")).unwrap();
+        let Backend::Process(Program { args, disk: Some(disk), .. }) = device.backend else { panic!("a disk is a process") };
+        assert_eq!(args, ["--direct", "--engine", "threads"]);
+        assert_eq!(disk.files().collect::<Vec<_>>(), [Path::new("/w/t"), Path::new("/w/m"), Path::new("/b")]);
+        assert_eq!(disk.ephemeral.as_deref(), Some(Path::new("/w/s")));
+        assert_eq!((disk.limits.operations.argument(), disk.limits.bytes.argument()), ("9:20".into(), "1048576".into()));
+        let Backend::Process(Program { disk: Some(disk), .. }) =
+            disk_device("path=t,format=qcow2,data-file=d,ephemeral,cache=page", 0, Path::new("/w")).unwrap().backend
+        else {
+            panic!("a disk is a process")
+        };
+        assert_eq!((disk.data_file.as_deref(), disk.ephemeral.as_deref()), (Some(Path::new("/w/d")), Some(Path::new(SCRATCH))));
+    }
+
+    #[test]
     fn slips_in_flags() {
-        let error = |text: &str| disk(text, 0, Path::new("/")).unwrap_err().to_string();
+        let error = |text: &str| disk_device(text, 0, Path::new("/")).unwrap_err().to_string();
         assert_eq!(error("pth=x"), "--disk pth=x: Unknown key `pth`; did you mean `path`?");
+        assert_eq!(error("path=x,backing=y"), "--disk path=x,backing=y: An image below another is written backing=FORMAT:PATH");
+        assert_eq!(
+            error("path=x,format=vmdk"),
+            "--disk path=x,format=vmdk: The format `vmdk` is not known; known are `raw` and `qcow2`"
+        );
+        assert_eq!(error("path=x,engine=y"), "--disk path=x,engine=y: Unknown value `y`; see outboard run --help");
+        assert_eq!(error("path=x,limit-ops=y"), "--disk path=x,limit-ops=y: `y` is not a number of requests");
         assert_eq!(error("readonly"), "--disk readonly: A disk needs path=PATH");
         assert_eq!(error("path=x,queues=two"), "--disk path=x,queues=two: `two` is not a number");
         assert_eq!(

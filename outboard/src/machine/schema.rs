@@ -51,6 +51,8 @@ pub enum Kind {
     Number(u32, u32),
     /// One of these words.
     Choice(&'static [&'static str]),
+    /// Images, each with a path and one of these formats.
+    Chain(&'static [&'static str]),
     /// One of these words, or a path.
     ChoiceOrPath(&'static [&'static str]),
 }
@@ -86,6 +88,8 @@ pub enum Rule {
 
 /// The classes the VMM has a name for.
 pub const CLASSES: [&str; 10] = ["net", "blk", "console", "rng", "balloon", "gpu", "input", "vsock", "snd", "fs"];
+/// What images are written in.
+pub const FORMATS: [&str; 2] = ["raw", "qcow2"];
 /// The VMM's own limit.
 pub const MOST_CPUS: u32 = 64;
 
@@ -147,15 +151,50 @@ pub const TABLES: [Table; 5] = [
         name: "disk",
         named: true,
         about: "Served by [outboard-blk](blk.md).",
-        notes: "",
+        notes: "An ephemeral disk begins as its image is each time the machine starts; a disk process that dies loses nothing. \
+                What can be done with a disk while it is in use is told with [outboard disk](outboard.md#outboard-disk).",
         keys: &[
             key("path", Kind::Path, "an image file or block device", REQUIRED),
-            key("format", Kind::Choice(&["raw"]), "what the image is", Without::Default("\"raw\"")),
+            key("format", Kind::Choice(&FORMATS), "what the image is; it is never guessed", Without::Default("\"raw\"")),
+            key("backing", Kind::Chain(&FORMATS), "those it is based on, from the top down", Without::Words("none")),
+            key("data-file", Kind::Path, "the file with the data of a qcow2 image that keeps it apart", Without::Words("none")),
+            key(
+                "ephemeral",
+                Kind::Bool,
+                "what the guest writes is forgotten when the machine ends; the image is only read",
+                Without::Default("false"),
+            ),
+            key("ephemeral-dir", Kind::Path, "the directory in which it is kept until then", Without::Default("\"/var/tmp\"")),
+            key(
+                "cache",
+                Kind::Choice(&["page", "direct"]),
+                "whether data passes through the host's page cache",
+                Without::Default("\"page\""),
+            ),
+            key(
+                "engine",
+                Kind::Choice(&["auto", "io-uring", "threads"]),
+                "who waits for the disk: io_uring where the host has it, or threads",
+                Without::Default("\"auto\""),
+            ),
+            key("limit-ops", Kind::Number(1, u32::MAX), "most requests in a second", Without::Words("no limit")),
+            key(
+                "limit-ops-burst",
+                Kind::Number(1, u32::MAX),
+                "so many at once after a pause",
+                Without::Words("a tenth of a second's"),
+            ),
+            key("limit-bytes", Kind::Size, "most bytes in a second", Without::Words("no limit")),
+            key("limit-bytes-burst", Kind::Size, "so many at once after a pause", Without::Words("a tenth of a second's")),
             key("readonly", Kind::Bool, "the guest cannot write", Without::Default("false")),
             key("queues", Kind::Number(1, 64), "each with a thread", Without::Default("1")),
             key("serial", Kind::Text(Some(20)), "the serial number the guest reads", Without::Words("empty")),
         ],
-        rules: &[],
+        rules: &[
+            Rule::Needs("ephemeral-dir", "ephemeral"),
+            Rule::Needs("limit-ops-burst", "limit-ops"),
+            Rule::Needs("limit-bytes-burst", "limit-bytes"),
+        ],
     },
     Table {
         name: "rng",
@@ -236,6 +275,7 @@ impl Kind {
             Self::Number(least, most) => format!("a number from {least} to {most}"),
             Self::Choice([one]) => format!("\"{one}\""),
             Self::Choice(words) => format!("one of {}", quoted(words)),
+            Self::Chain(_) => "a list of images".to_owned(),
             Self::ChoiceOrPath(words) => format!("{} or a path", quoted(words)),
         }
     }

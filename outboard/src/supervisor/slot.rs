@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use rustix::process::Signal;
 use sandbox::NetNamespace;
 
+use super::drive::Drive;
 use super::policy::Backoff;
 use super::process::{Order, Process};
 use super::programs::Programs;
@@ -36,6 +37,8 @@ pub struct Slot<'a> {
     pub process: Option<Process>,
     /// What the VMM says of the connection.
     pub state: Option<DeviceState>,
+    /// The disk, if it is one of ours.
+    pub drive: Option<Drive<'a>>,
     /// Its backend has been connected at least once.
     pub served: bool,
     /// How often it was started, or connected, again.
@@ -55,8 +58,13 @@ pub struct Slot<'a> {
 impl<'a> Slot<'a> {
     /// Not started yet.
     pub fn new(device: &'a Device) -> Self {
+        let disk = match &device.backend {
+            Backend::Process(program) => program.disk.as_deref(),
+            Backend::Socket(_) => None,
+        };
         Self {
             device,
+            drive: disk.map(|disk| Drive::new(&device.name, disk)),
             process: None,
             state: None,
             served: false,
@@ -86,10 +94,15 @@ impl<'a> Slot<'a> {
                     .context("Cannot make a connection")?;
                 let away = self.left.then(|| program.without_terminal());
                 let program = away.as_ref().unwrap_or(program);
+                let handed = self.drive.as_mut().map(|drive| drive.hand(CONNECTION + 1)).transpose();
+                let handed = handed.with_context(|| format!("Cannot start the disk `{}`", self.device.name))?;
+                let mut args = arguments(program, machine);
+                args.extend(handed.iter().flat_map(|handed| handed.args.iter().cloned()));
+                let more = handed.iter().flat_map(|handed| &handed.fds).map(|(fd, number)| (fd.as_fd(), *number));
                 let order = Order {
                     program: &programs.path(program.name),
-                    args: arguments(program, machine),
-                    fds: vec![(theirs.as_fd(), CONNECTION)],
+                    args,
+                    fds: [(theirs.as_fd(), CONNECTION)].into_iter().chain(more).collect(),
                     stdio: program.stdio,
                     net,
                 };
@@ -144,7 +157,8 @@ impl<'a> Slot<'a> {
 
     /// The next moment at which something is due.
     pub fn due(&self) -> Option<Instant> {
-        [self.retry_at, self.kill_at, self.stuck_at].into_iter().flatten().min()
+        let drive = self.drive.as_ref().and_then(Drive::due);
+        [self.retry_at, self.kill_at, self.stuck_at, drive].into_iter().flatten().min()
     }
 
     /// The user has left the terminal. Somebody has to take what the guest still says: Linux waits for its console, also on its way

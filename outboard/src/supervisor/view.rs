@@ -10,10 +10,11 @@ use super::process::Process;
 use super::programs::VMM;
 use super::slot::Slot;
 use super::{Stage, Supervisor};
+use crate::control::disk::Request;
 use crate::control::report::{self, Report};
-use crate::control::{self, Ask};
+use crate::control::{self, Ask, Ticket};
 use crate::events::{Event, What};
-use crate::machine::Machine;
+use crate::machine::{Machine, Restart};
 use crate::metrics::usage::Usage;
 use crate::metrics::{Sample, Stats, own, text};
 use crate::notices;
@@ -122,6 +123,44 @@ impl Supervisor<'_> {
         let view = View::new(self.machine, &self.vmm, &self.slots, self.stage, self.began);
         for wish in self.control.hear(index, &view) {
             self.grant(wish);
+        }
+    }
+
+    /// Something about a disk was asked.
+    pub(super) fn ask_disk(&mut self, ticket: Ticket, device: &str, request: Request) {
+        let never = self.machine.restart == Restart::Never;
+        let slot = self.slots.iter_mut().find(|slot| slot.device.name == device);
+        let gone = slot.as_ref().is_some_and(|slot| slot.process.is_none() && never);
+        let Some(drive) = slot.and_then(|slot| slot.drive.as_mut()) else {
+            let says = format!("The machine has no disk called `{device}` that a process of ours serves");
+            self.control.reply(&ticket, Err(says));
+            return;
+        };
+        drive.ask(ticket, request);
+        if gone {
+            drive.give_up();
+        }
+    }
+
+    pub(super) fn disk_spoke(&mut self, index: usize) {
+        if let Some(drive) = self.slots.get_mut(index).and_then(|slot| slot.drive.as_mut()) {
+            drive.hear();
+        }
+    }
+
+    /// Those whose disk has answered. What a client has said while it waited comes next.
+    pub(super) fn answer_clients(&mut self) {
+        loop {
+            let drives = self.slots.iter_mut().filter_map(|slot| slot.drive.as_mut());
+            let done: Vec<_> = drives.flat_map(|drive| drive.take_done()).collect();
+            if done.is_empty() {
+                return;
+            }
+            for (ticket, answer) in done {
+                if let Some(index) = self.control.reply(&ticket, answer) {
+                    self.client_spoke(index);
+                }
+            }
         }
     }
 

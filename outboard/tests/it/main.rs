@@ -5,6 +5,7 @@
 mod attach;
 mod bad_input;
 mod check;
+mod disks;
 mod images;
 mod life;
 mod machine;

@@ -43,8 +43,53 @@ fn a_machine_file_is_read_in_its_own_order_and_relative_to_itself() {
     let names: Vec<&str> = machine.devices.iter().map(|device| device.name.as_str()).collect();
     assert_eq!(names, ["entropy", "zeta", "alpha", "main", "share"]);
     let Backend::Process(disk) = &machine.devices[1].backend else { panic!("a disk is a process") };
-    assert_eq!(disk.args, ["--blk-file", "/vm/z.img", "--format", "raw", "--read-only"]);
+    assert_eq!(disk.args, ["--read-only"]);
+    let images = disk.disk.as_ref().map(|disk| disk.images.clone()).unwrap();
+    assert_eq!(images, [Image { path: "/vm/z.img".into(), format: ImageFormat::Raw }]);
     assert_eq!(machine.devices[4].backend, Backend::Socket("/vm/fs.sock".into()));
+}
+
+#[test]
+fn a_disk_with_everything() {
+    let text = r#"
+[machine]
+kernel = "k"
+[disk.root]
+path = "top.qcow2"
+format = "qcow2"
+backing = [{ path = "middle.qcow2", format = "qcow2" }, { path = "/base.img", format = "raw" }]
+ephemeral = true
+ephemeral-dir = "scratch"
+cache = "direct"
+engine = "threads"
+limit-ops = 100
+limit-ops-burst = 500
+limit-bytes = "1M"
+limit-bytes-burst = "4M"
+queues = 2
+serial = "S"
+[disk.data]
+path = "d.qcow2"
+format = "qcow2"
+data-file = "d.raw"
+"#;
+    let machine = parse(text, "web.toml", Path::new("/vm")).unwrap();
+    let disk = |index: usize| match &machine.devices[index].backend {
+        Backend::Process(program) => (program.args.clone(), program.disk.clone().unwrap()),
+        Backend::Socket(_) => panic!("a disk is a process"),
+    };
+    let (args, root) = disk(0);
+    assert_eq!(args, ["--direct", "--engine", "threads", "--num-queues", "2", "--serial", "S"]);
+    let paths: Vec<&Path> = root.files().collect();
+    assert_eq!(paths, [Path::new("/vm/top.qcow2"), Path::new("/vm/middle.qcow2"), Path::new("/base.img")]);
+    assert_eq!(root.ephemeral.as_deref(), Some(Path::new("/vm/scratch")));
+    assert_eq!((root.limits.operations.argument(), root.limits.bytes.argument()), ("100:500".into(), "1048576:4194304".into()));
+    assert_eq!(disk(1).1.data_file.as_deref(), Some(Path::new("/vm/d.raw")));
+    let wrong = "[machine]\nkernel = \"k\"\n[disk.a]\npath = \"x\"\nformat = \"qcow2\"\nbacking = [{ path = \"b\" }]\n";
+    assert_eq!(
+        error(wrong),
+        "machine.toml:6: Each image of `backing` in [disk.a] must have a `path` and a `format`, which is one of \"raw\", \"qcow2\", and nothing else"
+    );
 }
 
 #[test]

@@ -29,6 +29,7 @@ enum Value {
     Text(String),
     Number(u32),
     Bool(bool),
+    Chain(Vec<(String, String)>),
 }
 
 impl Values {
@@ -43,6 +44,14 @@ impl Values {
         match self.values.get(key)? {
             (_, Value::Number(number)) => Some(*number),
             _ => None,
+        }
+    }
+
+    /// Images: where each is, and its format.
+    pub(super) fn chain(&self, key: &str) -> Vec<(String, String)> {
+        match self.values.get(key) {
+            Some((_, Value::Chain(links))) => links.clone(),
+            _ => Vec::new(),
         }
     }
 
@@ -182,11 +191,30 @@ fn checked(key: &Key, value: &DeValue<'_>, heading: &str) -> Result<Value, Strin
             let number = u32::from_str_radix(number.as_str(), number.radix()).ok();
             number.filter(|number| (least..=most).contains(number)).map(Value::Number).ok_or_else(wrong)
         }
+        (Kind::Chain(formats), DeValue::Array(links)) => {
+            let links = links.iter().map(|link| self::link(link.get_ref(), formats));
+            links.collect::<Option<_>>().map(Value::Chain).ok_or_else(|| {
+                let formats = Kind::Choice(formats).words();
+                format!(
+                    "Each image of `{}` in {heading} must have a `path` and a `format`, which is {formats}, and nothing else",
+                    key.name
+                )
+            })
+        }
         (kind, DeValue::String(text)) => {
             word(kind, text, heading).map(|()| Value::Text(text.clone().into_owned())).map_err(|says| says.unwrap_or_else(wrong))
         }
         _ => Err(wrong()),
     }
+}
+
+/// One image of a chain.
+fn link(value: &DeValue<'_>, formats: &[&str]) -> Option<(String, String)> {
+    let table = value.as_table().filter(|table| table.len() == 2)?;
+    let text = |key: &str| table.get(key).and_then(|value| value.get_ref().as_str());
+    let path = text("path").filter(|path| word(Kind::Path, path, "").is_ok())?;
+    let format = text("format").filter(|format| formats.contains(format))?;
+    Some((path.to_owned(), format.to_owned()))
 }
 
 /// Whether a text is what this kind wants. The error is a sentence where there is a better one than the usual.
@@ -201,7 +229,7 @@ fn word(kind: Kind, text: &str, heading: &str) -> Result<(), Option<String>> {
         Kind::Size => size::parse(text).map(drop).map_err(|error| Some(error.to_string())),
         Kind::Choice(words) if words.contains(&text) => Ok(()),
         Kind::Choice(words) => Err(Some(format!("Unknown value `{text}` in {heading}{}", meant(text, words)))),
-        Kind::Bool | Kind::Number(..) => Err(None),
+        Kind::Bool | Kind::Number(..) | Kind::Chain(_) => Err(None),
     }
 }
 

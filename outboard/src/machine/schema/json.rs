@@ -50,6 +50,12 @@ fn value(key: &Key) -> Value {
         Kind::Size => json!({"type": "string", "pattern": SIZE}),
         Kind::Bool => json!({"type": "boolean"}),
         Kind::Number(least, most) => json!({"type": "integer", "minimum": least, "maximum": most}),
+        Kind::Chain(formats) => json!({"type": "array", "items": {
+            "type": "object",
+            "properties": {"path": {"type": "string", "minLength": 1}, "format": {"type": "string", "enum": formats}},
+            "required": ["path", "format"],
+            "additionalProperties": false,
+        }}),
         Kind::Choice(words) => json!({"type": "string", "enum": words}),
     };
     value["description"] = key.about.into();

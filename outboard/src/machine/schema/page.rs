@@ -27,6 +27,7 @@ fn row(table: &Table, key: &Key) -> String {
         Kind::Size => "number and unit `K`, `M`, `G` or `T`, such as `\"512M\"`".to_owned(),
         Kind::Choice(choices) => words(choices),
         Kind::ChoiceOrPath(choices) => format!("{}, or a path", words(choices)),
+        Kind::Chain(_) => "a list of images such as `[{ path = \"base.img\", format = \"raw\" }]`".to_owned(),
         Kind::Name => "a name, see above".to_owned(),
         kind => kind.words(),
     };

@@ -19,6 +19,7 @@ fn accepts(schema: &Value, value: &Value) -> bool {
         "$schema" | "title" | "description" | "default" | "then" | "else" => true,
         "type" => match with.as_str().unwrap() {
             "object" => value.is_object(),
+            "array" => value.is_array(),
             "string" => value.is_string(),
             "boolean" => value.is_boolean(),
             "integer" => value.is_i64() || value.is_u64(),
@@ -30,6 +31,7 @@ fn accepts(schema: &Value, value: &Value) -> bool {
             let mut others = members().filter(|(key, _)| own.is_none_or(|own| own.get(key).is_none()));
             if with.is_boolean() { others.next().is_none() } else { others.all(|(_, value)| accepts(with, value)) }
         }
+        "items" => value.as_array().into_iter().flatten().all(|item| accepts(with, item)),
         "propertyNames" => members().all(|(key, _)| accepts(with, &Value::from(key.as_str()))),
         "required" => all(with, &has),
         "enum" => with.as_array().unwrap().contains(value),
@@ -94,6 +96,12 @@ fn the_schema_and_the_parser_agree_on_every_key() {
             .map(str::to_owned)
             .to_vec();
     samples.push(format!("\"{}\"", "x".repeat(41)));
+    samples.push("[]".to_owned());
+    for link in
+        ["path = \"b\", format = \"raw\"", "path = \"b\"", "path = \"\", format = \"raw\"", "path = \"b\", format = \"vmdk\""]
+    {
+        samples.push(format!("[{{ {link} }}]"));
+    }
     let (mut good, mut bad) = (0, 0);
     for table in &TABLES {
         let choices = table.keys.iter().filter_map(|key| match key.kind {
@@ -103,7 +111,7 @@ fn the_schema_and_the_parser_agree_on_every_key() {
         let words: Vec<String> = choices.flatten().map(|word| format!("\"{word}\"")).collect();
         for key in table.keys {
             for value in samples.iter().chain(&words) {
-                for more in ["", "path = \"p\"\n", "max-bytes = 5\n", "class = \"fs\"\n", "queues = 1\n"] {
+                for more in ["", "path = \"p\"\n", "max-bytes = 5\n", "class = \"fs\"\n", "queues = 1\n", "limit-ops = 5\n"] {
                     if more.starts_with(&format!("{} =", key.name)) {
                         continue;
                     }

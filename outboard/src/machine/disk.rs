@@ -1,0 +1,195 @@
+//! A disk: the images it is made of, and how it is used.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::{Backend, Class, Device, Program, Stdio, size};
+use crate::args::ImageFormat;
+use crate::usage;
+
+/// Where what is written to an ephemeral disk goes: on a disk, where there is room for it. The machine's own directory lies in memory.
+pub const SCRATCH: &str = "/var/tmp";
+
+/// An image with its format, which is never guessed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// What it is written in.
+    pub format: ImageFormat,
+}
+
+/// What is allowed in a second, and at once after a pause.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rate {
+    /// In a second; zero: as much as there is.
+    pub per_second: u64,
+    /// At once; zero: as the process thinks right.
+    pub burst: u64,
+}
+
+impl Rate {
+    /// As an argument of the process.
+    #[must_use]
+    pub fn argument(&self) -> String {
+        match self.burst {
+            0 => self.per_second.to_string(),
+            burst => format!("{}:{burst}", self.per_second),
+        }
+    }
+}
+
+/// How much a disk may be used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests.
+    pub operations: Rate,
+    /// Bytes.
+    pub bytes: Rate,
+}
+
+/// A disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Disk {
+    /// Its images, from the top down.
+    pub images: Vec<Image>,
+    /// The file with the data of the top image, if it keeps it apart.
+    pub data_file: Option<PathBuf>,
+    /// Where what is written goes that is to be forgotten.
+    pub ephemeral: Option<PathBuf>,
+    /// Without writing to it.
+    pub readonly: bool,
+    /// Past the host's page cache.
+    pub direct: bool,
+    /// Who waits for the disk.
+    pub engine: Option<String>,
+    /// How much it may be used.
+    pub limits: Limits,
+    /// Request queues.
+    pub queues: Option<u16>,
+    /// What the guest reads as the disk's serial number.
+    pub serial: Option<String>,
+}
+
+impl Disk {
+    /// The device. The arguments about images and limits are not among those of its program: they change while it runs.
+    #[must_use]
+    pub fn device(self, name: String) -> Device {
+        let mut args: Vec<OsString> = Vec::new();
+        if self.readonly {
+            args.push("--read-only".into());
+        }
+        if self.direct {
+            args.push("--direct".into());
+        }
+        if let Some(engine) = &self.engine {
+            args.extend(["--engine".into(), engine.into()]);
+        }
+        if let Some(queues) = self.queues {
+            args.extend(["--num-queues".into(), queues.to_string().into()]);
+        }
+        if let Some(serial) = &self.serial {
+            args.extend(["--serial".into(), serial.into()]);
+        }
+        let queues = self.queues;
+        let program = Program { name: "outboard-blk", args, stdio: Stdio::Nothing, disk: Some(Box::new(self)) };
+        Device { name, class: Class::Named("blk".to_owned()), queues, backend: Backend::Process(program) }
+    }
+
+    /// All its files.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.images.iter().map(|image| image.path.as_path()).chain(self.data_file.as_deref())
+    }
+
+    /// Whether its parts fit together.
+    pub fn check(&self, name: &str) -> Result<()> {
+        let raw = |image: &Image| image.format == ImageFormat::Raw;
+        let mut above = self.images.iter().take(self.images.len().saturating_sub(1));
+        if let Some(above) = above.find(|image| raw(image)) {
+            usage!(
+                "The disk `{name}` has a `backing` image below {}, which is raw and can have none: only qcow2 images have one",
+                above.path.display()
+            );
+        }
+        if self.data_file.is_some() && self.images.first().is_none_or(raw) {
+            usage!(
+                "The disk `{name}` has a `data-file`, but its image is raw: only a qcow2 image keeps its data in another file"
+            );
+        }
+        if self.ephemeral.is_some() && self.readonly {
+            usage!("The disk `{name}` cannot be both `readonly` and `ephemeral`: nothing is written that could be forgotten");
+        }
+        if self.ephemeral.is_some() && self.data_file.is_some() {
+            usage!("The disk `{name}` cannot be `ephemeral`: an image that others are based on keeps its data in its own file");
+        }
+        self.limits.check(name)
+    }
+}
+
+impl Limits {
+    fn check(&self, name: &str) -> Result<()> {
+        for (rate, what) in [(self.operations, "limit-ops"), (self.bytes, "limit-bytes")] {
+            if rate.per_second == 0 && rate.burst != 0 {
+                usage!("The disk `{name}` has a burst and no `{what}` to go with it");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `N[:BURST]`, each a number.
+pub fn operations(text: &str) -> Result<Rate> {
+    rate(text, |text| match text.parse() {
+        Ok(number) => Ok(number),
+        Err(_) => usage!("`{text}` is not a number of requests"),
+    })
+}
+
+/// `SIZE[:BURST]`, each with a unit.
+pub fn bytes(text: &str) -> Result<Rate> {
+    rate(text, size::parse)
+}
+
+fn rate(text: &str, number: impl Fn(&str) -> Result<u64>) -> Result<Rate> {
+    let (per_second, burst) = text.split_once(':').map_or((text, None), |(rate, burst)| (rate, Some(burst)));
+    Ok(Rate { per_second: number(per_second)?, burst: burst.map_or(Ok(0), number)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(formats: &[ImageFormat]) -> Disk {
+        let image = |(index, format): (usize, &ImageFormat)| Image { path: format!("/{index}").into(), format: *format };
+        Disk { images: formats.iter().enumerate().map(image).collect(), ..Disk::default() }
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_said() {
+        let (raw, qcow2) = (ImageFormat::Raw, ImageFormat::Qcow2);
+        let says = |disk: Disk| disk.check("d").unwrap_err().to_string();
+        assert!(disk(&[qcow2, qcow2, raw]).check("d").is_ok());
+        assert_eq!(
+            says(disk(&[qcow2, raw, raw])),
+            "The disk `d` has a `backing` image below /1, which is raw and can have none: only qcow2 images have one"
+        );
+        assert!(says(Disk { data_file: Some("/x".into()), ..disk(&[raw]) }).contains("its image is raw"));
+        let ephemeral = Disk { ephemeral: Some(SCRATCH.into()), ..disk(&[qcow2]) };
+        assert!(ephemeral.check("d").is_ok());
+        assert!(says(Disk { readonly: true, ..ephemeral.clone() }).contains("both `readonly` and `ephemeral`"));
+        assert!(says(Disk { data_file: Some("/x".into()), ..ephemeral }).contains("cannot be `ephemeral`"));
+        let limits = Limits { bytes: Rate { per_second: 0, burst: 1 }, ..Limits::default() };
+        assert!(says(Disk { limits, ..disk(&[raw]) }).contains("no `limit-bytes`"));
+    }
+
+    #[test]
+    fn rates_may_have_a_burst() {
+        assert_eq!(operations("100").unwrap().argument(), "100");
+        assert_eq!(operations("100:500").unwrap().argument(), "100:500");
+        assert_eq!(bytes("1M:2M").unwrap(), Rate { per_second: 1 << 20, burst: 2 << 20 });
+        assert_eq!(operations("x").unwrap_err().to_string(), "`x` is not a number of requests");
+        assert!(bytes("100").is_err());
+    }
+}
