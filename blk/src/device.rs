@@ -184,11 +184,11 @@ impl Engines {
     ///
     /// # Errors
     /// When it cannot be had.
-    pub fn open(disk: &Disk, config: &Config) -> Result<Engines> {
+    pub fn open(config: &Config) -> Result<Engines> {
         if config.engine == EngineKind::Threads {
             return Ok(Engines::Pool);
         }
-        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new(&disk.descriptors())).collect();
+        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new()).collect();
         match rings {
             Ok(rings) => Ok(Engines::Uring(rings)),
             Err(error) if config.engine == EngineKind::Auto => {

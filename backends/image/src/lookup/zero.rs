@@ -45,9 +45,18 @@ impl Lookup {
         if !self.pending.is_empty() {
             return Err(Error::Busy);
         }
-        self.refresh();
-        let chain = Arc::clone(&self.chain);
-        let Some(Node::Qcow2(image)) = chain.nodes.first().map(|node| &**node) else {
+        loop {
+            self.refresh();
+            let range = self.exclude_now(offset, len)?;
+            // Who had it until now may have put an overlay on the image: it is that one's clusters that count.
+            if self.image.generation() == self.generation {
+                return Ok(range);
+            }
+        }
+    }
+
+    fn exclude_now(&self, offset: u64, len: u64) -> Result<Exclusive> {
+        let Some(Node::Qcow2(image)) = self.chain.nodes.first().map(|node| &**node) else {
             return self.lane.exclude(offset, len);
         };
         let g = image.geometry();

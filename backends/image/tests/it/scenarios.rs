@@ -1,8 +1,8 @@
 //! What went wrong elsewhere, and what has to be refused: one test each.
 
 use std::fs;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
@@ -350,6 +350,37 @@ fn a_crash_leaves_a_mark_and_the_next_one_cleans_up() {
         let again = open(&[qcow2(&left)]);
         clean(&left);
         again.close().unwrap();
+    }
+}
+
+/// A queue that waits to zero a range while the overlay is put on top zeroes it in the overlay, and not below.
+#[test]
+fn who_waits_for_a_range_while_an_overlay_comes_has_it_in_the_overlay() {
+    for below in [Format::Raw, Format::Qcow2] {
+        let base = if below == Format::Raw { Ram::new(vec![7; 4 * CLUSTER as usize]) } else { plain(4) };
+        let top = Ram::new(Vec::new());
+        let backing = Some(("below".to_owned(), below.name().to_owned()));
+        // Larger clusters than below: the range that is had alone is another one.
+        create(&*top, &Create { size: 4 * CLUSTER, backing, cluster_size: 2 << 20, ..Create::default() }).unwrap();
+        let image = open(&[Layer { format: below, file: base.clone(), data: None }]);
+        image.lookup().write(&[7; 8192], 0).unwrap();
+        let (waiting, started) = (Arc::clone(&image), Arc::new(Barrier::new(2)));
+        let alone = image.lookup().exclude(0, image.size()).unwrap();
+        let begun = Arc::clone(&started);
+        let zeroes = thread::spawn(move || {
+            begun.wait();
+            waiting.lookup().zero(0, 4096, true)
+        });
+        started.wait();
+        thread::sleep(Duration::from_millis(100));
+        image.overlay(&qcow2(&top)).unwrap();
+        let kept = base.bytes();
+        drop(alone);
+        zeroes.join().unwrap().unwrap();
+        let mut bytes = [0; 8192];
+        image.lookup().read(&mut bytes, 0).unwrap();
+        assert!(bytes[..4096] == [0; 4096] && bytes[4096..] == [7; 4096], "{below:?}: zeroed, and nothing else");
+        assert!(base.bytes() == kept, "{below:?}: what is below is only read");
     }
 }
 
