@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use daemon::Confined;
-use virtio::device::{Device, Host, Identity, ReadOnly, read_config};
-use virtio::worker::{Worker, Workers, run};
+use virtio::device::{Device, Foreign, Host, Identity, ReadOnly, read_config};
+use virtio::worker::{Poller, Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
 
 use crate::args::{Config, EngineKind};
@@ -35,6 +35,9 @@ const SEG_MAX: u32 = 126;
 /// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of secure erase.
 const CONFIG: usize = 72;
 const CONFIG_LEN: u32 = 72;
+
+/// The version of a saved state.
+const STATE: u8 = 1;
 
 /// The one byte of it that is the driver's.
 const WRITEBACK: usize = 32;
@@ -69,13 +72,16 @@ impl Blk {
     pub fn new(disk: &Arc<Disk>, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
         let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities()));
         shared.limits.set(config.operations, config.bytes);
+        // Asked once, before there are filters.
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let mut workers = Vec::new();
         for (index, prepare) in engines.start(config.queues, confined)?.into_iter().enumerate() {
             let (worker, mailbox) = Worker::new()?;
             let volume = Volume::new(Arc::clone(disk));
             let shared = Arc::clone(&shared);
+            let poller = Poller::new(config.poll, processors);
             confined.spawn_prepared(THREAD, format!("queue{index}"), prepare, move |engine| match engine {
-                Ok(engine) => run(DiskQueue::new(volume, engine, shared), mailbox),
+                Ok(engine) => run(DiskQueue::new(volume, engine, shared, poller), mailbox),
                 Err(error) => tracing::error!("A queue cannot be served: {error}"),
             })?;
             workers.push(worker);
@@ -144,6 +150,21 @@ impl Device for Blk {
         self.shared.write_back(true);
     }
 
+    /// The driver's choice of whether writes may wait for a flush, after the version of this very format.
+    fn save(&self) -> Vec<u8> {
+        vec![STATE, u8::from(self.shared.writes_back())]
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Foreign> {
+        match state {
+            [STATE, choice @ (0 | 1)] => {
+                self.shared.write_back(*choice == 1);
+                Ok(())
+            }
+            _ => Err(Foreign),
+        }
+    }
+
     fn attach(&mut self, host: Host) {
         self.shared.attach(host);
     }
@@ -163,11 +184,11 @@ impl Engines {
     ///
     /// # Errors
     /// When it cannot be had.
-    pub fn open(disk: &Disk, config: &Config) -> Result<Engines> {
+    pub fn open(config: &Config) -> Result<Engines> {
         if config.engine == EngineKind::Threads {
             return Ok(Engines::Pool);
         }
-        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new(&disk.descriptors())).collect();
+        let rings: io::Result<Vec<Uring>> = (0..config.queues).map(|_| Uring::new()).collect();
         match rings {
             Ok(rings) => Ok(Engines::Uring(rings)),
             Err(error) if config.engine == EngineKind::Auto => {

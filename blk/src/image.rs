@@ -31,11 +31,11 @@ use crate::topology::{self, Topology};
 
 /// How long a lock is waited for. A predecessor that was killed may still be on its way out, and so may its last writes, which
 /// keep the lock for as long as they take.
-const LOCK_TRIES: u32 = 500;
-const LOCK_WAIT: Duration = Duration::from_millis(10);
+const LOCK_TRIES: u32 = 5000;
+const LOCK_WAIT: Duration = Duration::from_millis(1);
 
 /// After so many tries the wait is worth a line.
-const WORTH_A_LINE: u32 = 50;
+const WORTH_A_LINE: u32 = 500;
 
 /// Smallest cluster whose data may move past the page cache: the image's tables must not share a page with it.
 const DIRECT_CLUSTER: u64 = 4096;
@@ -148,11 +148,6 @@ impl Disk {
     /// Changes when files were closed: whoever keeps some of them has to let them go.
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
-    }
-
-    /// Descriptors that an engine should know beforehand, in the order of their numbers.
-    pub fn descriptors(&self) -> Vec<Arc<OwnedFd>> {
-        self.files().iter().map(|(_, file)| file.descriptor()).collect()
     }
 
     /// By which descriptor data of a file moves.
@@ -299,8 +294,7 @@ impl Opened {
     /// As the image's code wants it. `files` learns how its data moves.
     fn storage(&self, files: &mut Vec<(FileId, File)>) -> Result<Arc<dyn Storage>> {
         let file = FileStorage::new(self.plain.try_clone().context("Cannot share the image")?)?;
-        let number = u32::try_from(files.len()).unwrap_or(u32::MAX);
-        files.push((file.id(), File::registered(Arc::clone(&self.data), number)));
+        files.push((file.id(), File::new(Arc::clone(&self.data))));
         Ok(Arc::new(file))
     }
 

@@ -16,7 +16,7 @@ fn main() -> ExitCode {
         let config = Config::try_from(startup.args())?;
         let trust = startup.args().memory.trust();
         let disk = Disk::open(&config, |fd| startup.inherited(fd))?;
-        let engines = Engines::open(&disk, &config)?;
+        let engines = Engines::open(&config)?;
         virtio::metrics::publish_with(startup.metrics()?, &metrics::ALL, &metrics::TIMES, config.queues)?;
         let entrance = entrance(&startup)?;
         let confined = startup.confine()?;

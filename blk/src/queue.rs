@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use virtio::worker::{Attempt, HELD, SOURCES, Serve, Served, Slot, Slots, Source, Ticket};
+use virtio::worker::{Attempt, HELD, Poller, SOURCES, Serve, Served, Slot, Slots, Source, Ticket};
 use virtio::{Buffer, Chain};
 
 use crate::engine::{Engine, Work};
@@ -50,6 +50,7 @@ pub struct DiskQueue {
     claimed: Vec<Ticket>,
     /// Jobs that are done.
     finished: Vec<Ticket>,
+    poller: Poller,
     /// How long the next request has to wait for its limits.
     wait: Option<Duration>,
     /// When the batch began that is being served, and what it was made of.
@@ -58,10 +59,20 @@ pub struct DiskQueue {
 
 impl DiskQueue {
     /// Of this volume, with this engine.
-    pub fn new(volume: Volume, engine: Box<dyn Engine>, shared: Arc<Shared>) -> DiskQueue {
+    pub fn new(volume: Volume, engine: Box<dyn Engine>, shared: Arc<Shared>, poller: Poller) -> DiskQueue {
         let mut jobs = Vec::new();
         jobs.resize_with(HELD, Job::default);
-        DiskQueue { volume, engine, shared, jobs, claimed: Vec::new(), finished: Vec::new(), wait: None, batch: Batch::default() }
+        DiskQueue {
+            volume,
+            engine,
+            shared,
+            jobs,
+            claimed: Vec::new(),
+            finished: Vec::new(),
+            poller,
+            wait: None,
+            batch: Batch::default(),
+        }
     }
 
     fn job(&mut self, ticket: Ticket) -> &mut Job {
@@ -333,6 +344,10 @@ impl Serve for DiskQueue {
     fn can_serve(&mut self, _index: u16) -> bool {
         self.wait = self.shared.limits.wait();
         self.wait.is_none()
+    }
+
+    fn poller(&mut self) -> Option<&mut Poller> {
+        Some(&mut self.poller)
     }
 
     fn timeout(&self, _slots: &Slots) -> Option<Duration> {

@@ -1,11 +1,12 @@
 //! The image as a whole: opening, closing, and what happens to all of it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::chain::{Chain, Format, Layer, Node};
 use crate::error::{Error, Result};
 use crate::lookup::Lookup;
+use crate::qcow2::geometry::SLICE_BYTES;
 use crate::range::Ranges;
 use crate::storage::{FileId, Storage};
 
@@ -34,6 +35,8 @@ pub struct Image {
     generation: AtomicU64,
     pub(crate) ranges: Arc<Ranges>,
     owners: AtomicU64,
+    /// Queues there are.
+    queues: AtomicUsize,
     options: Options,
     /// One change of the whole image at a time.
     changing: Mutex<()>,
@@ -52,6 +55,7 @@ impl Image {
             generation: AtomicU64::new(0),
             ranges: Ranges::new(size),
             owners: AtomicU64::new(1),
+            queues: AtomicUsize::new(0),
             options,
             changing: Mutex::new(()),
         }))
@@ -100,7 +104,21 @@ impl Image {
     /// What one queue looks things up with. It belongs to one thread at a time.
     pub fn lookup(self: &Arc<Self>) -> Lookup {
         let owner = self.owners.fetch_add(1, Ordering::Relaxed);
+        self.queues.fetch_add(1, Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
         Lookup::new(Arc::clone(self), owner)
+    }
+
+    /// A queue is gone; the others may keep more.
+    pub(crate) fn left(&self) {
+        self.queues.fetch_sub(1, Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Slices of the cache that each queue may keep references to.
+    pub(crate) fn slices_each(&self) -> usize {
+        let slices = self.options.cache_bytes / SLICE_BYTES;
+        slices.checked_div(self.queues.load(Ordering::Relaxed)).unwrap_or(slices)
     }
 
     /// Makes everything durable that was written and committed before.
@@ -146,7 +164,11 @@ impl Image {
         match &*self.top()? {
             Node::Raw { writable: false, .. } => Err(Error::ReadOnly),
             Node::Raw { file, size: bytes, .. } => {
-                file.set_len(size).map_err(Error::io("Cannot lengthen the image"))?;
+                let len = file.len().map_err(Error::io("Cannot find the size of the image"))?;
+                // A device grows by itself; we only take notice.
+                if len < size {
+                    file.set_len(size).map_err(Error::io("Cannot lengthen the image"))?;
+                }
                 bytes.store(size, Ordering::Release);
                 Ok(())
             }
@@ -163,7 +185,8 @@ impl Image {
     /// read from now on. The caller has seen to it that nothing is in flight, and nothing is pending.
     ///
     /// # Errors
-    /// When the overlay does not fit. The image is then as it was, and can be written to as before.
+    /// When the overlay does not fit: the image is then as it was, and can be written to as before. When the image cannot be closed
+    /// durably, it can only be read from then on.
     pub fn overlay(&self, layer: &Layer) -> Result<()> {
         self.put(layer, 0)
     }

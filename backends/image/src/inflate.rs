@@ -72,3 +72,6 @@ fn window(packed: &[u8]) -> Option<u64> {
     let value = bytes.iter().rev().fold(0_u64, |value, byte| (value << 8) | u64::from(*byte));
     Some(if size == 2 { value.saturating_add(256) } else { value })
 }
+
+#[cfg(test)]
+mod tests;

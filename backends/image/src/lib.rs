@@ -17,6 +17,46 @@
 //! while it holds claims or ranges: such a call gives [`Error::Busy`], the caller commits and lets go, and tries again. That is
 //! why there is no deadlock.
 //!
+//! ```no_run
+//! # use image::{Error, Lookup, Place, Result};
+//! # fn transfer(_: std::os::fd::BorrowedFd<'_>, _: u64, _: u64) {}
+//! /// Some requests of one queue, one commit for all: how an engine writes.
+//! fn write(lookup: &mut Lookup, requests: &[(u64, u64)]) -> Result<()> {
+//!     let mut ranges = Vec::new();
+//!     for (start, len) in requests {
+//!         let range = loop {
+//!             match lookup.share(*start, *len) {
+//!                 Err(Error::Busy) => {
+//!                     lookup.commit()?;
+//!                     ranges.clear(); // all that was in flight has ended
+//!                 }
+//!                 other => break other?,
+//!             }
+//!         };
+//!         ranges.push(range);
+//!         let mut done = 0;
+//!         while done < *len {
+//!             let extent = match lookup.map_write(start + done, len - done) {
+//!                 Err(Error::Busy) => {
+//!                     lookup.commit()?; // the data of what is pending has been written
+//!                     continue;
+//!                 }
+//!                 other => other?,
+//!             };
+//!             if let Place::Data { file, offset } = extent.place
+//!                 && let Some(fd) = lookup.file(file).and_then(|file| file.fd())
+//!             {
+//!                 transfer(fd, offset, extent.len); // from guest memory
+//!             }
+//!             done += extent.len;
+//!         }
+//!     }
+//!     lookup.commit() // and only then the requests are completed
+//! }
+//! ```
+//!
+//! If moving the data fails, [`Lookup::abort`] takes the place of the commit.
+//!
 //! **Nothing is written back later.** Every change of metadata is a write call at once, before others can see it in memory, so a
 //! process that is killed loses no acknowledged write. What a *power cut* may take is decided by order alone (`qcow2.rs`).
 //!

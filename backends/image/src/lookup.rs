@@ -12,7 +12,7 @@
 mod write;
 mod zero;
 
-use std::ops::Deref;
+use std::ops::{Deref, RangeInclusive};
 use std::sync::Arc;
 
 use crate::chain::{Chain, Node};
@@ -25,9 +25,9 @@ use crate::qcow2::tables::Slice;
 use crate::range::{Lane, Shared};
 use crate::storage::{FileId, Storage};
 
-/// Slices a queue keeps references to, as a power of two: 32, which map 1 GiB at 64 KiB clusters. Sixteen queues together hold no
-/// more than the cache has.
-const HELD_BITS: u32 = 5;
+/// Fewest and most slices a queue keeps references to: 16 map 512 MiB at 64 KiB clusters, 512 are all of an ordinary cache. In between,
+/// all queues together hold no more than the cache has: what it has let go is in memory for as long as one of them holds it.
+const HELD: RangeInclusive<usize> = 16..=512;
 
 /// Where some guest bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub struct Lookup {
     chain: Arc<Own>,
     generation: u64,
     owner: u64,
-    held: Box<[Option<Held>]>,
+    held: Vec<Option<Held>>,
     lane: Arc<Lane>,
     pending: Vec<Pending>,
     inflated: Option<(FileId, u64, Box<[u8]>)>,
@@ -100,14 +100,16 @@ impl Drop for Lookup {
     fn drop(&mut self) {
         self.abort();
         self.image.ranges.forget(&self.lane);
+        self.image.left();
     }
 }
 
 impl Lookup {
     pub(crate) fn new(image: Arc<Image>, owner: u64) -> Lookup {
-        let (chain, generation, lane) = (Arc::new(Own(image.chain())), image.generation(), image.ranges.lane());
-        let held = (0..1_usize << HELD_BITS).map(|_| None).collect();
-        Lookup { image, chain, generation, owner, held, lane, pending: Vec::new(), inflated: None }
+        let (chain, lane) = (Arc::new(Own(image.chain())), image.ranges.lane());
+        // No generation is this one: the first call takes notice of everything.
+        let generation = u64::MAX;
+        Lookup { image, chain, generation, owner, held: Vec::new(), lane, pending: Vec::new(), inflated: None }
     }
 
     /// The image.
@@ -143,12 +145,13 @@ impl Lookup {
         if offset.checked_add(len).is_none_or(|end| end > size) { Err(Error::Range) } else { Ok(()) }
     }
 
-    /// Takes notice of a chain that was switched.
+    /// Takes notice of a chain that was switched, and of queues that came or went.
     fn refresh(&mut self) {
         let generation = self.image.generation();
         if generation != self.generation {
             (self.chain, self.generation) = (Arc::new(Own(self.image.chain())), generation);
-            self.held.iter_mut().for_each(|held| *held = None);
+            let room = self.image.slices_each().clamp(*HELD.start(), *HELD.end()).next_power_of_two();
+            self.held = (0..room).map(|_| None).collect();
             self.inflated = None;
         }
     }
@@ -216,7 +219,7 @@ impl Lookup {
     /// An entry of the image at this depth. Without a lock, if this queue has seen its slice.
     fn entry(&mut self, depth: usize, image: &Qcow2, cluster: u64) -> Result<Entry> {
         let (number, index) = image.geometry().slice_of(cluster);
-        let mask = (1_u64 << HELD_BITS).wrapping_sub(1);
+        let mask = (self.held.len() as u64).saturating_sub(1);
         let place = usize::try_from(number.wrapping_add((depth as u64).wrapping_mul(11)) & mask).unwrap_or(0);
         if let Some(Some(held)) = self.held.get(place)
             && (held.depth, held.number) == (depth, number)

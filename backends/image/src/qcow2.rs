@@ -206,10 +206,11 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Nothing points at what this entry pointed at, as of now.
-    pub(crate) fn free(&self, meta: &mut Meta, cluster: u64, old: Entry) {
+    /// Nothing points at what this entry pointed at, as of now. `alone`: nobody can be reading it, since the caller has the range
+    /// for itself.
+    pub(crate) fn free(&self, meta: &mut Meta, cluster: u64, old: Entry, alone: bool) {
         let g = self.geometry();
-        let guest = Some((g.start(cluster), g.cluster_size()));
+        let guest = (!alone).then(|| (g.start(cluster), g.cluster_size()));
         match old.kind(g) {
             Kind::Data(host) | Kind::Zero(Some(host)) if !g.external => meta.free(guest, g.cluster(host), 1),
             Kind::Compressed => {
@@ -345,7 +346,8 @@ fn prepare(file: &Arc<dyn Storage>, data: Option<&dyn Storage>, header: &mut Hea
         longer(data, g.start(g.clusters(header.size))).map_err(Error::io("Cannot lengthen the data file of the image"))?;
     }
     mark::clear_autoclear(&**file, header, RAW_EXTERNAL)?;
-    if header.mark.is_none_or(|(_, in_use)| in_use) {
+    // What is too long to be checked keeps its leaks.
+    if mark::is_unclean(header) && check::is_possible(g.clusters(len)) {
         let report = check::check(file, true)?;
         if let Some(error) = report.errors.first() {
             return Error::refused(format!("It was not closed, and cannot be repaired by itself: {error}"));
@@ -367,7 +369,8 @@ fn metadata(header: &Header, refs: Option<&Refcounts>, file: &dyn Storage) -> Re
         let (snapshots, bytes) = check::snapshots(header, file)?;
         sound &= add(header.snapshots_offset, bytes);
         for snapshot in snapshots {
-            sound &= add(snapshot.l1_offset, snapshot.l1_size.saturating_mul(8));
+            // One overlap is enough to know; a hostile image has as many as it likes.
+            sound = sound && add(snapshot.l1_offset, snapshot.l1_size.saturating_mul(8));
         }
     }
     // What is only read needs no refcounts, and a long chain should not keep them.

@@ -180,3 +180,6 @@ impl Drop for Exclusive {
         self.ranges.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
@@ -57,7 +57,7 @@ pub trait Storage: Send + Sync + Debug {
     /// The system's.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Makes all that was written durable.
+    /// Makes all that was written durable. Once that has failed, it fails.
     ///
     /// # Errors
     /// The system's.
@@ -125,6 +125,8 @@ pub struct FileStorage {
     file: OwnedFd,
     fixed: bool,
     volatile: bool,
+    /// A sync failed.
+    lost: AtomicBool,
 }
 
 impl FileStorage {
@@ -137,7 +139,13 @@ impl FileStorage {
         if kind != FileType::RegularFile && kind != FileType::BlockDevice {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "It is neither a file nor a block device"));
         }
-        Ok(FileStorage { id: FileId::new(), file, fixed: kind == FileType::BlockDevice, volatile: false })
+        Ok(FileStorage {
+            id: FileId::new(),
+            file,
+            fixed: kind == FileType::BlockDevice,
+            volatile: false,
+            lost: AtomicBool::new(false),
+        })
     }
 
     /// The same, with `sync` doing nothing: for what need not outlive this machine's run.
@@ -212,7 +220,18 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.volatile { Ok(()) } else { Ok(retry(|| fdatasync(&self.file))?) }
+        if self.volatile {
+            return Ok(());
+        }
+        // After a failure the system takes what it could not write for written: a later success would mean nothing.
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "An earlier attempt to make the file durable failed, and what was lost then is not known",
+            ));
+        }
+        let done = retry(|| fdatasync(&self.file));
+        self.lost.fetch_or(done.is_err(), Ordering::Relaxed);
+        Ok(done?)
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {

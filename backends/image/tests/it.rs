@@ -10,6 +10,8 @@
 mod crash;
 #[path = "it/differential.rs"]
 mod differential;
+#[path = "it/faults.rs"]
+mod faults;
 #[path = "it/hostile.rs"]
 mod hostile;
 #[path = "it/scenarios.rs"]

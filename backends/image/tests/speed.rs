@@ -40,3 +40,24 @@ fn warm_lookups() {
     }
     std::fs::remove_file(path).unwrap();
 }
+
+/// Beside `qemu-img bench -w -f qcow2 -s 4096 -S 69632 -d 1 -t writeback`: the same writes, each to a cluster of its own.
+#[test]
+#[ignore = "a measurement, not a check"]
+fn first_writes_and_rewrites() {
+    const CLUSTERS: u64 = 100_000;
+    let path = std::env::temp_dir().join(format!("outboard-image-writes-{}", std::process::id()));
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let file: Arc<dyn Storage> = Arc::new(FileStorage::new(file.into()).unwrap());
+    create(&*file, &Create { size: 8 << 30, ..Create::default() }).unwrap();
+    let image = Image::open(&[Layer { format: Format::Qcow2, file, data: None }], Options::default()).unwrap();
+    let mut lookup = image.lookup();
+    for what in ["first writes", "rewrites"] {
+        let start = Instant::now();
+        for number in 0..CLUSTERS {
+            lookup.write(&[1; 4096], number * 69632).unwrap();
+        }
+        println!("{what}: {} a second", u128::from(CLUSTERS) * 1000 / start.elapsed().as_millis().max(1));
+    }
+}

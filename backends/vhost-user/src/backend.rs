@@ -28,6 +28,7 @@ use rustix::io::Errno;
 use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use virtio::device::{Device, Host, Identity, Notices};
+use virtio::dirty::{DirtyLog, LOG_ALL};
 use virtio::inflight;
 use virtio::memory::{Memory, Trust, clear_memfd, sealed_memfd};
 
@@ -36,8 +37,10 @@ use crate::wire::{Channel, Deadline, Message, frontend_name};
 use crate::{Error, Result};
 
 mod memory;
+mod migration;
 mod ring;
 
+use migration::State;
 use ring::Rings;
 
 /// How long a frontend may take for one message once it has begun it, and for taking an answer.
@@ -79,6 +82,10 @@ struct Connection {
     memory: Arc<Memory>,
     rings: Rings,
     inflight: Option<InflightRegion>,
+    /// Where written pages are noted, while [`LOG_ALL`] is set.
+    dirty: Option<Arc<DirtyLog>>,
+    /// A pipe out of which the device's state is still to be read.
+    state: Option<State>,
 }
 
 #[derive(Debug)]
@@ -207,7 +214,7 @@ impl<D: Device> Backend<D> {
             return Err(Error::Malformed("an answer to nothing".to_owned()));
         }
         match request {
-            FrontendReq::GET_FEATURES => Ok(Answer::Number(self.identity.features | VHOST_USER_F_PROTOCOL_FEATURES)),
+            FrontendReq::GET_FEATURES => Ok(Answer::Number(self.identity.features | VHOST_USER_F_PROTOCOL_FEATURES | LOG_ALL)),
             FrontendReq::SET_FEATURES => self.set_features(message.u64()?),
             FrontendReq::GET_PROTOCOL_FEATURES => Ok(Answer::Number(self.offered())),
             FrontendReq::SET_PROTOCOL_FEATURES => self.set_protocol_features(message.u64()?),
@@ -235,6 +242,10 @@ impl<D: Device> Backend<D> {
             FrontendReq::SET_BACKEND_REQ_FD => self.set_backend_channel(message),
             FrontendReq::GET_INFLIGHT_FD => self.inflight(message),
             FrontendReq::SET_INFLIGHT_FD => self.set_inflight(message),
+            FrontendReq::SET_LOG_BASE => self.set_log(message),
+            FrontendReq::SET_LOG_FD => self.set_log_notices(message),
+            FrontendReq::SET_DEVICE_STATE_FD => self.transfer_state(message),
+            FrontendReq::CHECK_DEVICE_STATE => self.check_state(),
             other => Err(refused(other, "this backend does not offer the feature it belongs to")),
         }
     }
@@ -245,13 +256,17 @@ impl<D: Device> Backend<D> {
     }
 
     fn set_features(&mut self, features: u64) -> Result<Answer> {
-        let device = features & !VHOST_USER_F_PROTOCOL_FEATURES;
+        let device = features & !(VHOST_USER_F_PROTOCOL_FEATURES | LOG_ALL);
         if device & !self.identity.features != 0 {
             let extra = device & !self.identity.features;
             return Err(refused(FrontendReq::SET_FEATURES, &format!("the bits {extra:#x} were not offered")));
         }
         if self.connection.features == features {
             return Ok(Answer::Done);
+        }
+        if self.connection.features ^ features == LOG_ALL {
+            // A frontend begins to log, or ends it, while the guest runs.
+            return self.between(|connection| connection.features = features);
         }
         self.must_be_quiet(FrontendReq::SET_FEATURES)?;
         self.connection.features = features;
@@ -352,13 +367,16 @@ fn refused(request: FrontendReq, reason: &str) -> Error {
 
 /// Requests that a frontend waits for an answer to in any case.
 fn has_answer(request: u32) -> bool {
-    const ASKING: [FrontendReq; 6] = [
+    const ASKING: [FrontendReq; 9] = [
         FrontendReq::GET_FEATURES,
         FrontendReq::GET_PROTOCOL_FEATURES,
         FrontendReq::GET_QUEUE_NUM,
         FrontendReq::GET_VRING_BASE,
         FrontendReq::GET_CONFIG,
         FrontendReq::GET_INFLIGHT_FD,
+        FrontendReq::SET_LOG_BASE,
+        FrontendReq::SET_DEVICE_STATE_FD,
+        FrontendReq::CHECK_DEVICE_STATE,
     ];
     FrontendReq::try_from(request).is_ok_and(|request| ASKING.contains(&request))
 }

@@ -23,12 +23,19 @@ pub const RESET_DEVICE: u64 = Bits::RESET_DEVICE.bits();
 /// Memory regions are added and removed one by one.
 pub const CONFIGURE_MEM_SLOTS: u64 = Bits::CONFIGURE_MEM_SLOTS.bits();
 
+/// Written pages are noted in memory that the frontend gives.
+pub const LOG_SHMFD: u64 = Bits::LOG_SHMFD.bits();
+/// What a device's successor on another host has to know is written to, and read from, a pipe.
+pub const DEVICE_STATE: u64 = Bits::DEVICE_STATE.bits();
+/// A ring is stopped at once, whatever of it is not done: the in-flight log has it.
+pub const GET_VRING_BASE_INFLIGHT: u64 = Bits::GET_VRING_BASE_INFLIGHT.bits();
+
 /// What our backend offers. One bit, one test that uses it.
-pub const OFFERED: u64 = MQ | REPLY_ACK | CONFIG | BACKEND_REQ | CONFIGURE_MEM_SLOTS | INFLIGHT_SHMFD | RESET_DEVICE;
+pub const OFFERED: u64 = WANTED | LOG_SHMFD | DEVICE_STATE | GET_VRING_BASE_INFLIGHT;
 
 /// What our frontend asks for. Bits that we do not know are masked per backend: their meaning has moved between versions
 /// of the protocol.
-pub const WANTED: u64 = OFFERED;
+pub const WANTED: u64 = MQ | REPLY_ACK | CONFIG | BACKEND_REQ | CONFIGURE_MEM_SLOTS | INFLIGHT_SHMFD | RESET_DEVICE;
 
 /// The names of the features in `bits`, for people; unknown bits by their number.
 pub fn names(bits: u64) -> Vec<String> {

@@ -200,10 +200,15 @@ impl Frontend {
 
     /// Sets where a ring lies.
     pub fn set_ring_addresses(&self, ring: u16, at: RingAddresses) -> Result<()> {
+        self.set_ring_addresses_logged(ring, at, None)
+    }
+
+    /// The same; writes to the used ring are logged under this guest address.
+    pub fn set_ring_addresses_logged(&self, ring: u16, at: RingAddresses, used: Option<u64>) -> Result<()> {
         let mut body = Vec::with_capacity(40);
         body.extend_from_slice(&u32::from(ring).to_ne_bytes());
-        body.extend_from_slice(&0u32.to_ne_bytes());
-        for word in [at.desc, at.used, at.avail, 0] {
+        body.extend_from_slice(&u32::from(used.is_some()).to_ne_bytes());
+        for word in [at.desc, at.used, at.avail, used.unwrap_or(0)] {
             body.extend_from_slice(&word.to_ne_bytes());
         }
         self.tell(FrontendReq::SET_VRING_ADDR, &body, &[])
@@ -268,6 +273,27 @@ impl Frontend {
         self.tell(FrontendReq::RESET_DEVICE, &[], &[])
     }
 
+    /// Gives memory in which written pages are noted, a bit for each (needs `LOG_SHMFD`).
+    pub fn set_log(&self, size: u64, offset: u64, fd: BorrowedFd<'_>) -> Result<()> {
+        let mut body = size.to_ne_bytes().to_vec();
+        body.extend_from_slice(&offset.to_ne_bytes());
+        self.ask_with(FrontendReq::SET_LOG_BASE, &body, &[fd]).map(drop)
+    }
+
+    /// Has the device's state written into a pipe, or read from it (needs `DEVICE_STATE`). [`Frontend::check_state`] says how it went.
+    pub fn transfer_state(&self, load: bool, pipe: BorrowedFd<'_>) -> Result<()> {
+        let body = pair(u16::from(load), 0);
+        match self.ask_with(FrontendReq::SET_DEVICE_STATE_FD, &body, &[pipe])?.u64()? & 0xff {
+            0 => Ok(()),
+            _ => Err(Error::Failed("SET_DEVICE_STATE_FD".to_owned())),
+        }
+    }
+
+    /// Whether the state that was transferred has arrived.
+    pub fn check_state(&self) -> Result<bool> {
+        Ok(self.ask(FrontendReq::CHECK_DEVICE_STATE, &[])?.u64()? == 0)
+    }
+
     fn set_ring_fd(&self, request: FrontendReq, ring: u16, fd: Option<BorrowedFd<'_>>) -> Result<()> {
         let body = u64::from(ring) | if fd.is_none() { NO_FD } else { 0 };
         self.tell(request, &body.to_ne_bytes(), fd.as_slice())
@@ -287,8 +313,12 @@ impl Frontend {
     }
 
     fn ask(&self, request: FrontendReq, body: &[u8]) -> Result<Message> {
+        self.ask_with(request, body, &[])
+    }
+
+    fn ask_with(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Message> {
         let deadline = self.deadline();
-        self.channel.request(request.into(), false, body, &[], deadline)?;
+        self.channel.request(request.into(), false, body, fds, deadline)?;
         self.answer(request, deadline)
     }
 

@@ -24,6 +24,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::message::BackendReq;
 use virtio::event;
 
+use virtio::dirty::LOG_ALL;
+
 use crate::features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::frontend::{Frontend, Inflight, MAX_CONFIG, RegionEntry, RingAddresses};
 use crate::wire::{Channel, Deadline, backend_name};
@@ -159,7 +161,7 @@ impl Session {
 
     /// The virtio features the backend offers; the protocol's own bit is taken out.
     pub fn offered(&self) -> u64 {
-        self.offered & !VHOST_USER_F_PROTOCOL_FEATURES
+        self.offered & !(VHOST_USER_F_PROTOCOL_FEATURES | LOG_ALL)
     }
 
     /// The protocol features that were settled, see [`crate::features`].

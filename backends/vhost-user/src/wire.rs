@@ -108,7 +108,7 @@ impl Deadline {
         if other.at < self.at { other } else { self }
     }
 
-    fn left(&self) -> Option<Timespec> {
+    pub(crate) fn left(&self) -> Option<Timespec> {
         let left = self.at.checked_duration_since(Instant::now())?;
         Timespec::try_from(left).ok()
     }

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::dirty::DirtyLog;
 use crate::memory::{self, Memory, Patience, Span};
 
 const NEXT: u16 = 1;
@@ -75,6 +76,15 @@ impl Chain {
     /// Where the device writes its answer.
     pub fn writable(&self) -> Buffer<'_> {
         Buffer::new(&self.memory, self.spans.get(self.readable..).unwrap_or_default(), self.bytes[1])
+    }
+
+    /// Notes that all of what the device may write was written.
+    pub fn log(&self, dirty: &DirtyLog) {
+        for span in self.spans.get(self.readable..).unwrap_or_default() {
+            if let Some(addr) = self.memory.guest_address_of(*span) {
+                dirty.mark(addr, span.len().into());
+            }
+        }
     }
 
     /// How many descriptors were fetched.

@@ -57,6 +57,20 @@ pub trait Device: Send {
     /// Forgets what a driver has set. Rings are stopped.
     fn reset(&mut self);
 
+    /// What a successor on another host has to know that its frontend does not tell it: what the driver has set. At most 4 KiB. Rings
+    /// are stopped.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Becomes what another one was when it was saved. Rings are stopped.
+    ///
+    /// # Errors
+    /// When this was saved by something else. Nothing has changed then.
+    fn load(&mut self, state: &[u8]) -> Result<(), Foreign> {
+        if state.is_empty() { Ok(()) } else { Err(Foreign) }
+    }
+
     /// Here is how to tell the frontend something.
     fn attach(&mut self, _host: Host) {}
 }
@@ -65,6 +79,11 @@ pub trait Device: Send {
 #[derive(Debug, thiserror::Error)]
 #[error("The configuration space cannot be written there")]
 pub struct ReadOnly;
+
+/// The state is not one of this kind of device, or not of this version.
+#[derive(Debug, thiserror::Error)]
+#[error("The state was not saved by such a device")]
+pub struct Foreign;
 
 /// What a device may tell its frontend, from any thread.
 pub trait Notices: Send + Sync {

@@ -28,6 +28,7 @@
 
 pub mod chain;
 pub mod device;
+pub mod dirty;
 pub mod event;
 pub mod inflight;
 pub mod memory;

@@ -313,6 +313,19 @@ impl Memory {
         }
     }
 
+    /// Sets bits of the byte `at` bytes into the span, whatever others do to its other bits meanwhile.
+    pub fn or_u8(&self, span: Span, at: usize, bits: u8, order: Ordering) {
+        if let Ok(cell) = self.slice(span).get_atomic_ref::<AtomicU8>(at) {
+            cell.fetch_or(bits, order);
+        }
+    }
+
+    /// The guest address of a span's first byte.
+    pub fn guest_address_of(&self, span: Span) -> Option<u64> {
+        let region = self.regions.get(span.region as usize)?;
+        region.guest_addr.checked_add(span.offset)
+    }
+
     /// Loads the 64-bit number `at` bytes into the span, which has to be aligned.
     pub fn load_u64(&self, span: Span, at: usize, order: Ordering) -> u64 {
         self.slice(span).get_atomic_ref::<AtomicU64>(at).map_or(0, |cell| u64::from_le(cell.load(order)))

@@ -23,6 +23,7 @@ use rustix::io::Errno;
 
 use crate::GUEST;
 use crate::chain::{self, Chain};
+use crate::dirty::DirtyLog;
 use crate::event;
 use crate::inflight::{self, Log};
 use crate::memory::{self, Memory, Span};
@@ -94,6 +95,10 @@ pub struct Config {
     pub error: Option<OwnedFd>,
     /// The in-flight log.
     pub log: Option<Log>,
+    /// Where pages that were written are noted.
+    pub dirty: Option<Arc<DirtyLog>>,
+    /// The guest address under which writes to the used ring are noted there.
+    pub used_address: Option<u64>,
 }
 
 /// What is left of a queue that was given up.
@@ -159,6 +164,8 @@ pub struct Queue {
     replay: Vec<u16>,
     batch: Vec<u16>,
     log: Option<Log>,
+    dirty: Option<Arc<DirtyLog>>,
+    used_address: Option<u64>,
     broken: Option<Error>,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
@@ -195,7 +202,7 @@ impl Queue {
             replay.reverse();
         }
         let batch = Vec::with_capacity(usize::from(size));
-        let Config { kick, call, error, .. } = config;
+        let Config { kick, call, error, dirty, used_address, .. } = config;
         Ok(Queue {
             index,
             size,
@@ -211,6 +218,8 @@ impl Queue {
             replay,
             batch,
             log,
+            dirty,
+            used_address,
             broken: None,
             kick,
             call,
@@ -311,6 +320,13 @@ impl Queue {
         }
     }
 
+    /// Notes that a chain, which is about to be completed, was written to.
+    pub fn note_written(&self, chain: &Chain) {
+        if let Some(dirty) = &self.dirty {
+            chain.log(dirty);
+        }
+    }
+
     /// Finishes a chain; `written` is the number of bytes the device wrote into it. The guest learns of it with the next
     /// [`Queue::publish`].
     pub fn complete(&mut self, token: Token, written: u32) {
@@ -343,11 +359,23 @@ impl Queue {
             log.batch_published(&self.batch, self.next_used);
         }
         self.batch.clear();
+        self.note_used_ring();
         // The index has to be visible before the guest's wish is read: it does the two in the opposite order.
         fence(Ordering::SeqCst);
         if self.wants_interrupt() {
             self.signal();
         }
+    }
+
+    fn note_used_ring(&self) {
+        if let (Some(dirty), Some(addr)) = (&self.dirty, self.used_address) {
+            dirty.mark(addr, self.used.len().into());
+        }
+    }
+
+    /// Whether there is something new, without asking to be told.
+    pub(crate) fn has_more(&self) -> bool {
+        self.broken.is_none() && (!self.replay.is_empty() || !matches!(self.available(), Ok(0)))
     }
 
     /// Asks to be kicked when more comes. `true`: more is there already, do not wait.
@@ -364,6 +392,7 @@ impl Queue {
         } else {
             self.memory.store_u16(self.used, FLAGS_AT, 0, Ordering::Relaxed);
         }
+        self.note_used_ring();
         // The wish has to be visible before the index is read: the guest does the two in the opposite order.
         fence(Ordering::SeqCst);
         match self.available() {

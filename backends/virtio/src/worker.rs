@@ -20,10 +20,12 @@ use crate::chain::Chain;
 use crate::queue::{Queue, QueueState, Token};
 
 mod mailbox;
+mod poll;
 mod slot;
 
 use mailbox::{Closed, Command};
 pub use mailbox::{Mailbox, Worker};
+pub use poll::Poller;
 use slot::Held;
 pub use slot::{HELD, Served, Slot, Ticket};
 
@@ -60,6 +62,12 @@ pub trait Serve: Send {
     /// can, by [`Serve::timeout`] or [`Serve::ready`].
     fn can_serve(&mut self, _index: u16) -> bool {
         true
+    }
+
+    /// How long to look for more before going to sleep, for a device that does. Not asked while requests are in hand: what they wait for
+    /// wakes the thread.
+    fn poller(&mut self) -> Option<&mut Poller> {
+        None
     }
 
     /// What to wait for besides the queues.
@@ -180,7 +188,14 @@ impl Slots {
 pub fn run(mut server: impl Serve, mailbox: Mailbox) {
     let mut slots = Slots::default();
     loop {
+        let idle = slots.pending().next().is_none();
+        if let Some(poller) = server.poller().filter(|_| idle) {
+            poller.sleep();
+        }
         let Ok(woken) = wait(&server, &slots, &mailbox) else { return };
+        if let Some(poller) = server.poller().filter(|_| woken.kicked.contains(&true)) {
+            poller.wake();
+        }
         if woken.bell && !obey(&mut server, &mut slots, &mailbox) {
             return;
         }

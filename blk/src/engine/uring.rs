@@ -8,12 +8,11 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::register::Restriction;
 use io_uring::squeue::{Entry, Flags};
-use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -52,11 +51,11 @@ impl fmt::Debug for Uring {
 }
 
 impl Uring {
-    /// A ring that can do nothing but what [`Work`] names, and not even that before [`Uring::enable`]. `files` become the files 0, 1, and so on of [`File::registered`].
+    /// A ring that can do nothing but what [`Work`] names, and not even that before [`Uring::enable`].
     ///
     /// # Errors
     /// When the host has none: forbidden, or too old.
-    pub fn new(files: &[Arc<OwnedFd>]) -> io::Result<Uring> {
+    pub fn new() -> io::Result<Uring> {
         let ring = IoUring::builder()
             .setup_r_disabled()
             .setup_single_issuer()
@@ -64,8 +63,6 @@ impl Uring {
             .setup_taskrun_flag()
             .build(ENTRIES)?;
         let submitter = ring.submitter();
-        let numbers: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
-        submitter.register_files(&numbers)?;
         submitter.register_iowq_max_workers(&mut [WORKERS, WORKERS])?;
         let codes = [
             opcode::Read::CODE,
@@ -76,7 +73,7 @@ impl Uring {
             opcode::Fallocate::CODE,
         ];
         let mut rules: Vec<Restriction> = codes.into_iter().map(Restriction::sqe_op).collect();
-        rules.push(Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits()));
+        rules.push(Restriction::sqe_flags_allowed(Flags::empty().bits()));
         submitter.register_restrictions(&mut rules)?;
         Ok(Uring { ring, vectors: Vec::with_capacity(VECTORS), done: VecDeque::new(), in_flight: 0 })
     }
@@ -91,31 +88,23 @@ impl Uring {
 
     /// The operation as the kernel wants it. `vectors` holds what it points to until it was handed on.
     fn entry(&mut self, file: &File, work: Work<'_>) -> io::Result<Entry> {
-        // The two kinds of files have no common type.
-        macro_rules! entry {
-            ($fd:expr) => {
-                match work {
-                    Work::Read { offset, data } => match self.place(data)? {
-                        Place::One(at, len) => opcode::Read::new($fd, at, len).offset(offset).build(),
-                        Place::Many(list, count) => opcode::Readv::new($fd, list, count).offset(offset).build(),
-                    },
-                    Work::Write { offset, data } => match self.place(data)? {
-                        Place::One(at, len) => opcode::Write::new($fd, at, len).offset(offset).build(),
-                        Place::Many(list, count) => opcode::Writev::new($fd, list, count).offset(offset).build(),
-                    },
-                    Work::Sync => opcode::Fsync::new($fd).flags(FsyncFlags::DATASYNC).build(),
-                    Work::Punch { offset, len } => {
-                        opcode::Fallocate::new($fd, len).offset(offset).mode(mode(FallocateFlags::PUNCH_HOLE)).build()
-                    }
-                    Work::Zero { offset, len } => {
-                        opcode::Fallocate::new($fd, len).offset(offset).mode(mode(FallocateFlags::ZERO_RANGE)).build()
-                    }
-                }
-            };
-        }
-        Ok(match file.registered {
-            Some(index) => entry!(Fixed(index)),
-            None => entry!(Fd(file.fd.as_raw_fd())),
+        let fd = Fd(file.as_fd().as_raw_fd());
+        Ok(match work {
+            Work::Read { offset, data } => match self.place(data)? {
+                Place::One(at, len) => opcode::Read::new(fd, at, len).offset(offset).build(),
+                Place::Many(list, count) => opcode::Readv::new(fd, list, count).offset(offset).build(),
+            },
+            Work::Write { offset, data } => match self.place(data)? {
+                Place::One(at, len) => opcode::Write::new(fd, at, len).offset(offset).build(),
+                Place::Many(list, count) => opcode::Writev::new(fd, list, count).offset(offset).build(),
+            },
+            Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            Work::Punch { offset, len } => {
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode(FallocateFlags::PUNCH_HOLE)).build()
+            }
+            Work::Zero { offset, len } => {
+                opcode::Fallocate::new(fd, len).offset(offset).mode(mode(FallocateFlags::ZERO_RANGE)).build()
+            }
         })
     }
 

@@ -21,10 +21,12 @@
 //! | `machine_file` | whoever wrote it | the machine file |
 //! | `metrics_page` | device process | the counters it shows the composer |
 //! | `registers` | guest | PCI configuration space and virtio-pci registers |
+//! | `qcow2_header`, `qcow2_tables` | whoever made the image | disk images, read, written to, checked and repaired |
 //! | `kernel` | whoever made the image | kernel images |
 
 pub mod bytes;
 pub mod corpus;
+pub mod images;
 pub mod parsers;
 pub mod peers;
 pub mod registers;

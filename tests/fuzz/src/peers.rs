@@ -14,6 +14,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use vhost_user::wire::{Channel, Deadline};
 use vhost_user::{Backend, Deadlines, Notifiers, Region, Ring, Session, Setup};
 use virtio::device::{Device, Identity};
+use virtio::dirty::LOG_ALL;
 use virtio::memory::{Trust, sealed_memfd};
 use virtio::{Queue, QueueState, feature};
 
@@ -191,7 +192,7 @@ pub fn frontend(mut bytes: Bytes<'_>) {
     let end = backend.serve(ours, stop.as_fd()).expect("an orderly conversation");
     assert_eq!(end, vhost_user::backend::End::Closed);
     let answer = channel.receive("an answer", Deadline::after(LIMIT)).expect("an answer");
-    assert_eq!(answer.u64().expect("a number"), feature::RING | 1 << 30);
+    assert_eq!(answer.u64().expect("a number"), feature::RING | 1 << 30 | LOG_ALL);
 }
 
 /// Nothing more comes from this side.

@@ -99,6 +99,8 @@ pub fn queue(mut bytes: Bytes<'_>) {
         call: None,
         error: None,
         log,
+        dirty: None,
+        used_address: None,
     };
     let mut queue = Queue::new(Arc::clone(&memory), config).expect("a ring that is where it can be");
     let mut chain = queue.chain();

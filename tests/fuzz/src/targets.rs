@@ -1,13 +1,13 @@
 //! The table of targets.
 
 use crate::bytes::Bytes;
-use crate::{parsers, peers, registers, rings};
+use crate::{images, parsers, peers, registers, rings};
 
 /// A target: its name, and what it does with any bytes.
 pub type Target = (&'static str, fn(Bytes<'_>));
 
 /// All of them. Each has a program of its name in `fuzz_targets/`.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 14] = [
     ("backend_messages", peers::backend),
     ("chain", rings::chain),
     ("frontend_messages", peers::frontend),
@@ -15,6 +15,8 @@ pub const TARGETS: [Target; 12] = [
     ("kernel", parsers::kernel),
     ("machine_file", parsers::machine_file),
     ("metrics_page", parsers::metrics_page),
+    ("qcow2_header", images::header),
+    ("qcow2_tables", images::tables),
     ("queue", rings::queue),
     ("registers", registers::registers),
     ("request_blk", parsers::blk),

@@ -35,6 +35,8 @@ impl Spread {
 pub(crate) enum Target {
     /// Ours over theirs, at most.
     Ratio(f64),
+    /// Ours over theirs, at least.
+    AtLeast(f64),
     /// The median of ours, at most, in the row's unit.
     Median(f64),
     /// Ours, in the best of cases, at most.
@@ -45,6 +47,7 @@ impl Target {
     fn text(self) -> String {
         match self {
             Self::Ratio(limit) => format!("ratio <= {limit}"),
+            Self::AtLeast(limit) => format!("ratio >= {limit}"),
             Self::Median(limit) => format!("<= {limit}"),
             Self::Best(limit) => format!("best <= {limit}"),
         }
@@ -101,6 +104,7 @@ impl Row {
     fn reached(&self, target: Target) -> Option<bool> {
         match target {
             Target::Ratio(limit) => self.ratio().map(|ratio| ratio <= limit),
+            Target::AtLeast(limit) => self.ratio().map(|ratio| ratio >= limit),
             Target::Median(limit) => self.ours.map(|ours| ours.median <= limit),
             Target::Best(limit) => self.ours.map(|ours| ours.low <= limit),
         }

@@ -309,7 +309,7 @@ impl Lookup {
                 .iter()
                 .filter(|one| one.old.word & OFFSET != one.host || one.old.kind(image.geometry()) == Kind::Compressed)
             {
-                image.free(&mut meta, one.cluster, one.old);
+                image.free(&mut meta, one.cluster, one.old, false);
             }
         }
         image.release(&mut meta, pending.iter().map(|one| one.cluster));

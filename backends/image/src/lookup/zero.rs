@@ -45,9 +45,18 @@ impl Lookup {
         if !self.pending.is_empty() {
             return Err(Error::Busy);
         }
-        self.refresh();
-        let chain = Arc::clone(&self.chain);
-        let Some(Node::Qcow2(image)) = chain.nodes.first().map(|node| &**node) else {
+        loop {
+            self.refresh();
+            let range = self.exclude_now(offset, len)?;
+            // Who had it until now may have put an overlay on the image: it is that one's clusters that count.
+            if self.image.generation() == self.generation {
+                return Ok(range);
+            }
+        }
+    }
+
+    fn exclude_now(&self, offset: u64, len: u64) -> Result<Exclusive> {
+        let Some(Node::Qcow2(image)) = self.chain.nodes.first().map(|node| &**node) else {
             return self.lane.exclude(offset, len);
         };
         let g = image.geometry();
@@ -84,15 +93,20 @@ impl Lookup {
         if len == 0 {
             return Ok(());
         }
-        let _alone = self.exclude(offset, len)?;
         let chain = Arc::clone(&self.chain);
         match chain.nodes.first().map(|node| &**node) {
+            // The file system itself sees to it that bytes beside the range stay as they are.
             Some(Node::Raw { file, writable: true, .. }) => {
                 let done = if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
                 done.map_err(Error::io("Cannot zero a range of the image"))
             }
             Some(Node::Qcow2(image)) => {
                 image.check_writable()?;
+                let (first, last) = whole(image, offset, len);
+                if how == How::Discard && first >= last {
+                    return Ok(());
+                }
+                let _alone = self.exclude(offset, len)?;
                 let done = self.change_in(image, offset, len, how);
                 match done {
                     Ok(()) => self.commit()?,
@@ -110,11 +124,9 @@ impl Lookup {
     fn change_in(&mut self, image: &Qcow2, offset: u64, len: u64, how: How) -> Result<()> {
         let g = *image.geometry();
         let end = offset.saturating_add(len);
-        // The last cluster of the disk is whole if the range goes to the disk's end.
-        let whole_end = if end >= image.size() { g.clusters(end) } else { g.cluster(end) };
-        let (first, last) = (g.clusters(offset), whole_end);
+        let (first, last) = whole(image, offset, len);
         if first >= last {
-            return if how == How::Discard { Ok(()) } else { self.zero_parts(image, offset, len) };
+            return self.zero_parts(image, offset, len);
         }
         if how != How::Discard {
             self.zero_parts(image, offset, g.start(first).saturating_sub(offset))?;
@@ -183,7 +195,7 @@ impl Lookup {
             meta.space()?.touch()?;
         }
         image.tables.update(&changes)?;
-        olds.into_iter().for_each(|(cluster, old)| image.free(&mut meta, cluster, old));
+        olds.into_iter().for_each(|(cluster, old)| image.free(&mut meta, cluster, old, true));
         Ok(())
     }
 
@@ -247,4 +259,10 @@ impl Lookup {
         let below = self.resolve(1, start, len)?;
         Ok(below.place == Place::Zero && below.len >= len)
     }
+}
+
+/// The first whole cluster of a range, and the one after the last. At the disk's end, a cluster that is cut short is whole.
+fn whole(image: &Qcow2, offset: u64, len: u64) -> (u64, u64) {
+    let (g, end) = (image.geometry(), offset.saturating_add(len));
+    (g.clusters(offset), if end >= image.size() { g.clusters(end) } else { g.cluster(end) })
 }

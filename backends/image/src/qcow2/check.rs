@@ -2,13 +2,14 @@
 //!
 //! # Theory of operation
 //!
-//! One walk over all tables counts who points at each cluster: one bit for each cluster of the file, and a list for those that
-//! have more than one user. A second walk compares that with the refcounts. Counted and not used is a leak, which is harmless, and
+//! One walk over all tables counts who points at each cluster: one bit for each cluster of the file, and one byte where some have
+//! more than one user (internal snapshots, compressed clusters). A second walk compares that with the refcounts. Counted and not used is a leak, which is harmless, and
 //! is what a crash leaves. Used and not counted, or used for two things, is corruption: somebody may overwrite it one day.
 //!
-//! Memory: 2 MiB for a file of 1 TiB at 64 KiB clusters; the tables themselves go by in pages.
+//! Memory: 2 MiB for a file of 1 TiB at 64 KiB clusters, and as far as clusters are shared up to 16 MiB more; the tables themselves
+//! go by in pages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -22,6 +23,14 @@ const MOST_ERRORS: usize = 32;
 
 /// Most bytes of a snapshot table: 65,536 snapshots with ordinary names.
 const MOST_SNAPSHOT_BYTES: u64 = 16 << 20;
+
+/// Most clusters of a file that can be checked: 16 TiB at 64 KiB, which take 32 MiB, and 256 MiB if all of them are shared.
+const MOST_CLUSTERS: u64 = 1 << 28;
+
+/// Whether a file of so many clusters can be checked. A longer one may be no more than a large number.
+pub(crate) fn is_possible(clusters: u64) -> bool {
+    clusters <= MOST_CLUSTERS
+}
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,6 +73,7 @@ pub(crate) struct Snapshot {
 /// The internal snapshots, and how many bytes their table has.
 pub(crate) fn snapshots(header: &Header, file: &dyn Storage) -> Result<(Vec<Snapshot>, u64)> {
     let (mut all, mut at) = (Vec::new(), 0_u64);
+    let end = file.len().map_err(Error::io("Cannot find the size of the image"))?;
     for number in 0..header.snapshots {
         let mut bytes = [0; 40];
         let read = file.read_exact(&mut bytes, header.snapshots_offset.saturating_add(at));
@@ -77,7 +87,12 @@ pub(crate) fn snapshots(header: &Header, file: &dyn Storage) -> Result<(Vec<Snap
         let (l1_size, names, extra) = (field(8), field(12), field(36));
         let len = 40_u64.saturating_add(extra).saturating_add(names >> 16).saturating_add(names & 0xffff).next_multiple_of(8);
         at = at.saturating_add(len);
-        if l1_size.saturating_mul(8) > MAX_L1 || at > MOST_SNAPSHOT_BYTES || !header.geometry.is_aligned(l1_offset) {
+        let bytes = l1_size.saturating_mul(8);
+        if bytes > MAX_L1
+            || l1_offset.saturating_add(bytes) > end
+            || at > MOST_SNAPSHOT_BYTES
+            || !header.geometry.is_aligned(l1_offset)
+        {
             return Error::corrupt(format!("the snapshot table says impossible things of snapshot {number}"));
         }
         all.push(Snapshot { l1_offset, l1_size });
@@ -88,14 +103,17 @@ pub(crate) fn snapshots(header: &Header, file: &dyn Storage) -> Result<(Vec<Snap
 /// How often each cluster is used.
 struct Uses {
     once: Vec<u64>,
-    more: BTreeMap<u64, u64>,
+    /// Uses beyond the first, once there are any. Only pages that are written to are in memory.
+    more: Vec<u8>,
+    /// Those that do not fit there.
+    many: BTreeMap<u64, u64>,
     clusters: u64,
 }
 
 impl Uses {
     fn new(clusters: u64) -> Uses {
         let words = usize::try_from(clusters.div_ceil(64)).unwrap_or(usize::MAX);
-        Uses { once: vec![0; words], more: BTreeMap::new(), clusters }
+        Uses { once: vec![0; words], more: Vec::new(), many: BTreeMap::new(), clusters }
     }
 
     /// False if the cluster is beyond the end.
@@ -104,19 +122,33 @@ impl Uses {
         let mask = 1_u64.checked_shl(u32::try_from(bit).unwrap_or(0)).unwrap_or(0);
         match self.once.get_mut(word).filter(|_| cluster < self.clusters) {
             Some(word) if *word & mask == 0 => *word |= mask,
-            Some(_) => {
-                let more = self.more.entry(cluster).or_insert(1);
-                *more = more.saturating_add(1);
-            }
+            Some(_) => self.add_more(cluster),
             None => return false,
         }
         true
     }
 
+    fn add_more(&mut self, cluster: u64) {
+        if self.more.is_empty() {
+            self.more = vec![0; usize::try_from(self.clusters).unwrap_or(0)];
+        }
+        match usize::try_from(cluster).ok().and_then(|cluster| self.more.get_mut(cluster)) {
+            Some(more) if *more < u8::MAX => *more = more.saturating_add(1),
+            _ => {
+                let many = self.many.entry(cluster).or_insert(0);
+                *many = many.saturating_add(1);
+            }
+        }
+    }
+
     fn get(&self, cluster: u64) -> u64 {
         let (word, bit) = (usize::try_from(cluster >> 6).unwrap_or(usize::MAX), u32::try_from(cluster & 63).unwrap_or(0));
         match self.once.get(word).is_some_and(|word| word.checked_shr(bit).unwrap_or(0) & 1 != 0) {
-            true => self.more.get(&cluster).copied().unwrap_or(1),
+            true => {
+                let more = usize::try_from(cluster).ok().and_then(|cluster| self.more.get(cluster)).copied().unwrap_or(0);
+                let many = if more == u8::MAX { self.many.get(&cluster).copied().unwrap_or(0) } else { 0 };
+                u64::from(more).saturating_add(many).saturating_add(1)
+            }
             false => 0,
         }
     }
@@ -142,6 +174,9 @@ pub fn check(file: &Arc<dyn Storage>, repair: bool) -> Result<Report> {
     let geometry = header.geometry;
     let refs = Refcounts::open(Arc::clone(file), &header)?;
     let clusters = geometry.clusters(len);
+    if !is_possible(clusters) {
+        return Error::refused(format!("It has {clusters} clusters; at most {MOST_CLUSTERS} can be checked"));
+    }
     let report = Report { clusters, ..Report::default() };
     let mut check = Check { file: &**file, header: &header, geometry, refs, uses: Uses::new(clusters), report };
     check.count()?;
@@ -172,6 +207,11 @@ impl Check<'_> {
         self.add(header.snapshots_offset, bytes, "the snapshot table");
         for snapshot in snapshots {
             self.add(snapshot.l1_offset, snapshot.l1_size.saturating_mul(8), "the L1 table of a snapshot");
+            if self.uses.get(self.geometry.cluster(snapshot.l1_offset)) > 1 {
+                // To walk one table for each of 65,536 snapshots would take for ever.
+                self.report.error(format!("The L1 table of a snapshot at {:#x} is something else, too", snapshot.l1_offset));
+                continue;
+            }
             self.walk(snapshot.l1_offset, snapshot.l1_size, false)?;
         }
         Ok(())
@@ -193,6 +233,7 @@ impl Check<'_> {
 
     fn walk(&mut self, offset: u64, entries: u64, active: bool) -> Result<()> {
         let (file, geometry) = (self.file, self.geometry);
+        let mut seen = BTreeSet::new();
         words(file, offset, entries, |index, entry| {
             if entry == 0 {
                 return Ok(());
@@ -203,8 +244,12 @@ impl Check<'_> {
                 self.report.error(format!("L1 entry {index} is {entry:#x}, where no table can be"));
                 return Ok(());
             }
-            self.copied(active, entry, cluster, &format!("L1 entry {index}"));
+            self.copied(active, entry, cluster, || format!("L1 entry {index}"));
             self.add(table, 1, "an L2 table");
+            if !seen.insert(cluster) {
+                self.report.error(format!("L1 entry {index} has a table that another entry has, too"));
+                return Ok(());
+            }
             self.table(table, index, active)
         })
     }
@@ -251,7 +296,7 @@ impl Check<'_> {
                 self.report.allocated = self.report.allocated.saturating_add(u64::from(active));
             }
             Kind::Data(host) | Kind::Zero(Some(host)) => {
-                self.copied(active, entry.word, g.cluster(host), &format!("The L2 entry of guest cluster {guest}"));
+                self.copied(active, entry.word, g.cluster(host), || format!("The L2 entry of guest cluster {guest}"));
                 self.add(host, 1, "a cluster of data");
                 self.report.allocated = self.report.allocated.saturating_add(u64::from(active));
             }
@@ -259,14 +304,14 @@ impl Check<'_> {
     }
 
     /// Who may write in place has to be the only user, and the other way round.
-    fn copied(&mut self, active: bool, entry: u64, cluster: u64, whose: &str) {
+    fn copied(&mut self, active: bool, entry: u64, cluster: u64, whose: impl Fn() -> String) {
         if !active || self.header.incompatible & DIRTY != 0 {
             return;
         }
         let (copied, Ok(count)) = (entry & COPIED != 0, self.refs.get(cluster)) else { return };
         if copied != (count == 1) {
             let says = if copied { "its cluster is its own" } else { "its cluster is shared" };
-            self.report.error(format!("{whose} says that {says}, but the refcount is {count}"));
+            self.report.error(format!("{} says that {says}, but the refcount is {count}", whose()));
         }
     }
 
@@ -275,6 +320,11 @@ impl Check<'_> {
         let blocks = self.uses.clusters.div_ceil(entries.max(1)).max(self.refs.table.len() as u64);
         for block in 0..blocks {
             let (first, end) = (block.saturating_mul(entries), block.saturating_add(1).saturating_mul(entries));
+            let place = usize::try_from(block).ok().and_then(|block| self.refs.table.get(block)).copied().unwrap_or(0);
+            if place != 0 && self.uses.get(self.geometry.cluster(place)) > 1 {
+                self.report.error(format!("Refcount block {block} is something else, too"));
+                continue;
+            }
             // Without a block there is nothing to compare beyond the end of the file.
             let end = if self.refs.covers(first) { end } else { end.min(self.uses.clusters) };
             for cluster in first..end {

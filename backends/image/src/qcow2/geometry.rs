@@ -263,3 +263,6 @@ impl Entry {
         Some((piece, next.min(end).saturating_sub(within)))
     }
 }
+
+#[cfg(test)]
+mod tests;

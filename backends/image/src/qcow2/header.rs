@@ -61,6 +61,8 @@ pub(crate) struct Header {
     pub(crate) backing: Option<String>,
     pub(crate) backing_format: Option<String>,
     pub(crate) backing_offset: u64,
+    /// Bytes of the name, which need not be text.
+    pub(crate) backing_len: u64,
     pub(crate) data_file: Option<String>,
     pub(crate) bitmaps: bool,
     /// Where our mark has its data, and whether it says that the image is in use.
@@ -144,6 +146,7 @@ impl Header {
             backing: None,
             backing_format: None,
             backing_offset: 0,
+            backing_len: 0,
             data_file: None,
             bitmaps: false,
             mark: None,
@@ -163,7 +166,7 @@ impl Header {
         if len > MAX_NAME || offset.saturating_add(len) > self.geometry.cluster_size() {
             return Error::refused("The name of its backing file is longer than the format allows");
         }
-        (self.backing, self.backing_offset) = (Some(b.text(offset, len)?), offset);
+        (self.backing, self.backing_offset, self.backing_len) = (Some(b.text(offset, len)?), offset, len);
         Ok(())
     }
 

@@ -35,6 +35,23 @@ pub(crate) fn clear_autoclear(file: &dyn Storage, header: &mut Header, known: u6
     sync(file)
 }
 
+/// Whether somebody may have written to the image and not have closed it: the mark says so, or there is no room for one.
+pub(crate) fn is_unclean(header: &Header) -> bool {
+    header.mark.map_or_else(|| place(header).is_none(), |(_, in_use)| in_use)
+}
+
+/// Where the name of the backing file has to go to make room, if it has to. `None`: there is no room.
+fn place(header: &Header) -> Option<Option<u64>> {
+    let (at, cluster) = (header.extensions_end, header.geometry.cluster_size());
+    let (end, len) = (at.saturating_add(ROOM), header.backing_len);
+    if header.backing.is_none() || header.backing_offset >= end {
+        return (end <= cluster).then_some(None);
+    }
+    // The name is right behind the extensions.
+    let to = end.max(header.backing_offset.saturating_add(len)).next_multiple_of(8);
+    (header.backing_offset >= at && to.saturating_add(len) <= cluster).then_some(Some(to))
+}
+
 fn write(file: &dyn Storage, bytes: &[u8], offset: u64) -> Result<()> {
     file.write_at(bytes, offset).map_err(Error::io("Cannot write the header of the image"))
 }
@@ -45,26 +62,17 @@ fn sync(file: &dyn Storage) -> Result<()> {
 
 /// Makes room for the mark behind the other extensions, where the cluster has any. No state in between is a broken header.
 fn insert(file: &dyn Storage, header: &mut Header) -> Result<()> {
-    let (at, cluster) = (header.extensions_end, header.geometry.cluster_size());
-    let end = at.saturating_add(ROOM);
-    if let Some(name) = header.backing.clone().filter(|_| header.backing_offset < end) {
-        // The name is right behind the extensions. It is copied further up, and then pointed to: one word in the first sector.
-        let len = name.len() as u64;
-        let to = end.max(header.backing_offset.saturating_add(len)).next_multiple_of(8);
-        if to.saturating_add(len) > cluster || header.backing_offset < at {
-            return Ok(());
-        }
-        let mut bytes = vec![0; name.len()];
+    let Some(to) = place(header) else { return Ok(()) };
+    let at = header.extensions_end;
+    if let Some(to) = to {
+        // The name is copied further up first, and then pointed to: one word in the first sector.
+        let mut bytes = vec![0; usize::try_from(header.backing_len).unwrap_or(0)];
         file.read_exact(&mut bytes, header.backing_offset).map_err(Error::io("Cannot read the header of the image"))?;
         write(file, &bytes, to)?;
         sync(file)?;
         write(file, &to.to_be_bytes(), 8)?;
         sync(file)?;
         header.backing_offset = to;
-    }
-    let limit = if header.backing_offset == 0 { cluster } else { header.backing_offset };
-    if end > limit {
-        return Ok(());
     }
     // What is behind the old end marker first, then the eight bytes that make it the head of an extension.
     write(file, &[0; 16], at.saturating_add(8))?;

@@ -24,6 +24,8 @@ pub(crate) struct Refcounts {
     pub(crate) table_offset: u64,
     pieces: Vec<(u64, Box<[u8]>)>,
     next: usize,
+    /// The piece that was looked at last, which is most often the next one, too.
+    last: usize,
 }
 
 impl Refcounts {
@@ -36,7 +38,7 @@ impl Refcounts {
         for block in table.iter_mut().filter(|block| **block >= len) {
             *block |= RESERVED;
         }
-        Ok(Refcounts { file, geometry, table, table_offset: header.table_offset, pieces: Vec::new(), next: 0 })
+        Ok(Refcounts { file, geometry, table, table_offset: header.table_offset, pieces: Vec::new(), next: 0, last: 0 })
     }
 
     /// The number of the block a cluster's refcount is in.
@@ -67,7 +69,9 @@ impl Refcounts {
     }
 
     fn piece(&mut self, offset: u64) -> Result<&mut [u8]> {
-        let at = match self.pieces.iter().position(|(one, _)| *one == offset) {
+        let same = self.pieces.get(self.last).is_some_and(|(one, _)| *one == offset);
+        let found = if same { Some(self.last) } else { self.pieces.iter().position(|(one, _)| *one == offset) };
+        let at = match found {
             Some(at) => at,
             None => {
                 let mut bytes = vec![0; usize::try_from(self.geometry.slice_size().min(SLICE)).unwrap_or(0)].into_boxed_slice();
@@ -75,6 +79,7 @@ impl Refcounts {
                 self.keep(offset, bytes)
             }
         };
+        self.last = at;
         Ok(self.pieces.get_mut(at).map(|(_, bytes)| &mut **bytes).unwrap_or_default())
     }
 
@@ -206,3 +211,6 @@ pub(crate) fn write(piece: &mut [u8], order: u32, number: u64, value: u64) {
         bytes.copy_from_slice(all.get(all.len().saturating_sub(width)..).unwrap_or_default());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -154,21 +154,46 @@ impl Space {
         if found < wanted {
             runs.push(self.lengthen(wanted.saturating_sub(found), tables)?);
         }
-        let mut new = Vec::new();
-        for (first, count) in &runs {
-            self.cover(*first, *count, &mut new, tables)?;
-        }
-        for (first, count) in &runs {
-            self.refs.set(*first, *count, 1)?;
+        let end = runs.iter().map(|(first, count)| first.saturating_add(*count)).max().unwrap_or(0);
+        self.reach(end, tables)?;
+        let (mut new, mut ready) = (Vec::new(), Vec::new());
+        for (first, count) in runs {
+            self.count_run((first, count), &mut new, &mut ready)?;
         }
         self.sync()?;
-        if !new.is_empty() {
-            // A block is pointed at when it is durable, and relied on when that is.
-            self.refs.write_entries(&new, tables)?;
-            self.sync()?;
-        }
-        self.reserve.extend(runs);
+        self.link(&new, tables)?;
+        self.reserve.extend(ready);
         Ok(())
+    }
+
+    /// Gives each cluster of a run a refcount of one, and puts what can be used into `ready`. Where there is no block for a part of
+    /// it, the first cluster of that part becomes the block: it counts itself, so it may be linked before or after any other.
+    fn count_run(&mut self, run: (u64, u64), new: &mut Vec<usize>, ready: &mut Vec<(u64, u64)>) -> Result<()> {
+        let per_block = 1_u64.checked_shl(self.header.geometry.block_bits()).unwrap_or(1);
+        let (mut first, end) = (run.0, run.0.saturating_add(run.1));
+        while first < end {
+            let stop = first.checked_div(per_block).unwrap_or(0).saturating_add(1).saturating_mul(per_block).min(end);
+            let mut usable = first;
+            if !self.refs.covers(first) {
+                new.push(self.place_block(first, first));
+                usable = first.saturating_add(1);
+            }
+            self.refs.set(first, stop.saturating_sub(first), 1)?;
+            if usable < stop {
+                ready.push((usable, stop.saturating_sub(usable)));
+            }
+            first = stop;
+        }
+        Ok(())
+    }
+
+    /// Points the table of the file at new blocks, which are durable, and waits until that is.
+    fn link(&mut self, new: &[usize], tables: &Tables) -> Result<()> {
+        if new.is_empty() {
+            return Ok(());
+        }
+        self.refs.write_entries(new, tables)?;
+        self.sync()
     }
 
     /// Free clusters inside the file.
@@ -194,8 +219,12 @@ impl Space {
     fn lengthen(&mut self, count: u64, tables: &Tables) -> Result<(u64, u64)> {
         let mut first = self.end;
         let mut free = 0;
+        let most = first.saturating_add(SCAN);
         while free < count {
             let cluster = first.saturating_add(free);
+            if first > most {
+                return Error::corrupt("its refcounts say that what is behind its end is in use");
+            }
             if self.refs.covers(cluster) && self.refs.get(cluster)? != 0 {
                 (first, free) = (cluster.saturating_add(1), 0);
             } else {
@@ -212,39 +241,47 @@ impl Space {
         Ok((first, count))
     }
 
-    /// Sees to it that there are refcounts for a run of clusters. New blocks are in memory and in the file, but not in the table
-    /// of the file.
-    fn cover(&mut self, first: u64, count: u64, new: &mut Vec<usize>, tables: &Tables) -> Result<()> {
-        let last = self.refs.block_of(first.saturating_add(count.max(1)).saturating_sub(1));
-        for block in self.refs.block_of(first)..=last {
-            if block >= self.refs.table.len() {
-                self.grow_table(block, new, tables)?;
-            }
-            if self.refs.table.get(block).is_some_and(|entry| *entry == 0) {
-                let (cluster, _) = self.lengthen(1, tables)?;
-                self.place_block(block, cluster);
-                new.push(block);
-                // What counts the block may be the block itself.
-                if !self.refs.covers(cluster) {
-                    self.cover(cluster, 1, new, tables)?;
-                }
-                self.refs.set(cluster, 1, 1)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn place_block(&mut self, block: usize, cluster: u64) {
-        let offset = self.header.geometry.start(cluster);
+    /// Makes a cluster the block that counts `counted`, in memory. Its number in the table.
+    fn place_block(&mut self, counted: u64, cluster: u64) -> usize {
+        let (block, offset) = (self.refs.block_of(counted), self.header.geometry.start(cluster));
         self.refs.forget(offset);
         if let Some(entry) = self.refs.table.get_mut(block) {
             *entry = offset;
         }
+        block
+    }
+
+    /// Sees to it that the table is long enough for all clusters before `end`. No block may be half made.
+    fn reach(&mut self, end: u64, tables: &Tables) -> Result<()> {
+        let block = self.refs.block_of(end.saturating_sub(1));
+        if block < self.refs.table.len() { Ok(()) } else { self.grow_table(block, tables) }
+    }
+
+    /// Makes blocks for a run of clusters, and for these blocks, at the end of the file. Nothing points at them yet, so their order
+    /// does not matter: all of them are counted when this returns.
+    fn cover(&mut self, first: u64, count: u64, new: &mut Vec<usize>, tables: &Tables) -> Result<()> {
+        let last = self.refs.block_of(first.saturating_add(count.max(1)).saturating_sub(1));
+        for block in self.refs.block_of(first)..=last {
+            let entry = self.refs.table.get(block).copied();
+            match entry {
+                None => return Error::corrupt("its refcounts say that what is behind its end is in use"),
+                Some(0) => {}
+                Some(_) => continue,
+            }
+            let (cluster, _) = self.lengthen(1, tables)?;
+            let counted = (block as u64).checked_shl(self.header.geometry.block_bits()).unwrap_or(u64::MAX);
+            new.push(self.place_block(counted, cluster));
+            if !self.refs.covers(cluster) {
+                self.cover(cluster, 1, new, tables)?;
+            }
+            self.refs.set(cluster, 1, 1)?;
+        }
+        Ok(())
     }
 
     /// Moves the refcount table to where it can be at least twice as long. The header points at the new one when all of it, and
     /// the blocks that count it, are durable.
-    fn grow_table(&mut self, block: usize, new: &mut Vec<usize>, tables: &Tables) -> Result<()> {
+    fn grow_table(&mut self, block: usize, tables: &Tables) -> Result<()> {
         let geometry = self.header.geometry;
         let per_cluster = geometry.cluster_size() >> 3;
         let old = (geometry.cluster(self.refs.table_offset), geometry.clusters((self.refs.table.len() as u64).saturating_mul(8)));
@@ -258,7 +295,8 @@ impl Space {
         let entries = usize::try_from(clusters.saturating_mul(per_cluster)).unwrap_or(usize::MAX);
         self.refs.table.resize(entries, 0);
         self.refs.table_offset = geometry.start(first);
-        self.cover(first, count, new, tables)?;
+        let mut new = Vec::new();
+        self.cover(first, count, &mut new, tables)?;
         self.refs.set(first, count, 1)?;
         let bytes: Vec<u8> = self.refs.table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         self.file.write_at(&bytes, self.refs.table_offset).map_err(Error::io("Cannot write the refcount table of the image"))?;
@@ -267,7 +305,8 @@ impl Space {
         fields.extend(u32::try_from(clusters).unwrap_or(u32::MAX).to_be_bytes());
         self.file.write_at(&fields, 48).map_err(Error::io("Cannot write the header of the image"))?;
         self.sync()?;
-        for cluster in first..first.saturating_add(count) {
+        let blocks = new.iter().filter_map(|block| self.refs.table.get(*block)).map(|entry| geometry.cluster(*entry));
+        for cluster in (first..first.saturating_add(count)).chain(blocks) {
             tables.add_metadata(cluster);
         }
         for cluster in old.0..old.0.saturating_add(old.1) {
@@ -289,25 +328,36 @@ impl Space {
 
     fn new_run(&mut self, count: u64, tables: &Tables) -> Result<u64> {
         let (first, _) = self.lengthen(count, tables)?;
+        self.reach(first.saturating_add(count), tables)?;
         let mut new = Vec::new();
-        self.cover(first, count, &mut new, tables)?;
+        for block in self.refs.block_of(first)..=self.refs.block_of(first.saturating_add(count).saturating_sub(1)) {
+            if self.refs.table.get(block).is_some_and(|entry| *entry == 0) {
+                // From the reserve: it is counted already, durably, wherever it is.
+                let counted = (block as u64).checked_shl(self.header.geometry.block_bits()).unwrap_or(u64::MAX);
+                let (cluster, _) = self.take(1, tables)?;
+                if self.refs.covers(counted) {
+                    // A refill came to the same place.
+                    self.reserve.push_front((cluster, 1));
+                } else {
+                    new.push(self.place_block(counted, cluster));
+                }
+            }
+        }
         self.refs.set(first, count, 1)?;
         self.sync()?;
-        self.refs.write_entries(&new, tables)?;
-        self.sync()?;
+        self.link(&new, tables)?;
         Ok(first)
     }
 
     /// Nothing points at these clusters any more, as of now. `guest`: for which range they may still be read.
     pub(crate) fn free(&mut self, guest: Option<(u64, u64)>, first: u64, count: u64) {
         self.tickets = self.tickets.saturating_add(1);
-        if let (Some(last), Some((offset, len))) = (self.freed.back_mut(), guest)
-            && let Some((start, bytes)) = last.guest
-            && start.saturating_add(bytes) == offset
+        // What may still be read is kept apart, cluster by cluster: one busy reader should not keep all the rest.
+        if let (None, Some(last)) = (guest, self.freed.back_mut())
+            && last.guest.is_none()
             && last.first.saturating_add(last.count) == first
         {
-            (last.guest, last.count) = (Some((start, bytes.saturating_add(len))), last.count.saturating_add(count));
-            last.ticket = self.tickets;
+            (last.count, last.ticket) = (last.count.saturating_add(count), self.tickets);
             return;
         }
         self.freed.push_back(Freed { guest, first, count, ticket: self.tickets });

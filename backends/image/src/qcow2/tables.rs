@@ -14,7 +14,7 @@
 //! one new word.
 //!
 //! Each entry is checked once, when its slice is loaded: an entry that is misaligned, beyond the end of the file, or inside of
-//! metadata is replaced by [`BAD`](super::geometry::BAD) in memory, and the image is not written to any more.
+//! metadata is replaced by [`BAD`] in memory, and the image is not written to any more.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};

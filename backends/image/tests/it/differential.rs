@@ -253,13 +253,14 @@ fn subclusters_and_data_files_go_back_and_forth() {
     exchange(Kind { data_file: Some(false), backing: Backing::Raw, extended: true, ..Kind::PLAIN }, 15, 200);
 }
 
-/// A sample of the matrix; all of it, for an hour or two, with OUTBOARD_IMAGE_MATRIX=full.
+/// A sample of the matrix; a larger one with OUTBOARD_IMAGE_MATRIX=500; all of it, for an hour, with OUTBOARD_IMAGE_MATRIX=full.
 #[test]
 fn a_sample_of_all_kinds_goes_back_and_forth() {
     let all = kinds();
-    let full = std::env::var("OUTBOARD_IMAGE_MATRIX").is_ok_and(|which| which == "full");
+    let wanted = std::env::var("OUTBOARD_IMAGE_MATRIX").unwrap_or_default();
+    let full = wanted == "full";
     let mut random = Seeded::new(2026);
-    let count = if full { all.len() } else { 24 };
+    let count = if full { all.len() } else { wanted.parse().unwrap_or(24) };
     for number in 0..count {
         let kind = if full { all[number] } else { all[random.below(all.len() as u64) as usize] };
         exchange(kind, 100 + number as u64, 60);

@@ -144,6 +144,21 @@ fn tables_that_cannot_be_are_errors_and_end_all_writing() {
     }
 }
 
+/// A file that is nothing but long.
+#[test]
+fn a_length_alone_takes_no_memory() {
+    let path = std::env::temp_dir().join(format!("outboard-image-long-{}", std::process::id()));
+    std::fs::write(&path, ordinary()).unwrap();
+    let long = crate::support::file(&path);
+    std::fs::remove_file(path).unwrap();
+    long.set_len(15 << 40).unwrap();
+    assert!(check(&long, false).unwrap().is_clean());
+    long.write_at(&[1], 120).unwrap();
+    long.write_at(&[9], 23).unwrap();
+    assert!(check(&long, true).is_err());
+    drop(Image::open(&[Layer { format: Format::Qcow2, file: long, data: None }], Options::default()));
+}
+
 /// A refcount of zero for what is in use: it is never given out again while this process knows better, and `check` says so.
 #[test]
 fn refcounts_that_lie_are_found() {

@@ -15,7 +15,10 @@ use image::{Error, FileId, FileStorage, Format, Image, Layer, Lookup, Options, S
 pub(crate) struct Seeded(u64);
 
 impl Seeded {
+    /// `OUTBOARD_IMAGE_SEED` makes it other numbers, the same ones each time again.
     pub(crate) fn new(seed: u64) -> Seeded {
+        let more = std::env::var("OUTBOARD_IMAGE_SEED").ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        let seed = seed.wrapping_add(more.wrapping_mul(1_000_003));
         Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
@@ -208,10 +211,17 @@ pub(crate) enum Event {
     Mark(usize),
 }
 
+/// What was done to which file, since it was remembered.
+type Log = Arc<Mutex<Option<Vec<(usize, Event)>>>>;
+
 /// A file in memory, and what was done to it since it was told to remember.
 pub(crate) struct Ram {
     id: FileId,
-    state: Mutex<(Vec<u8>, Option<Vec<Event>>)>,
+    number: usize,
+    bytes: Mutex<Vec<u8>>,
+    log: Log,
+    /// Changes until some fail, and how many then do.
+    faults: Mutex<(u64, u64)>,
 }
 
 impl std::fmt::Debug for Ram {
@@ -222,34 +232,61 @@ impl std::fmt::Debug for Ram {
 
 impl Ram {
     pub(crate) fn new(bytes: Vec<u8>) -> Arc<Ram> {
-        Arc::new(Ram { id: FileId::new(), state: Mutex::new((bytes, None)) })
+        Arc::new(Ram { id: FileId::new(), number: 0, bytes: Mutex::new(bytes), log: Arc::default(), faults: Mutex::default() })
     }
 
-    fn state(&self) -> MutexGuard<'_, (Vec<u8>, Option<Vec<Event>>)> {
-        self.state.lock().unwrap()
+    /// A second file of the same disk. What is done to both is remembered in one order.
+    pub(crate) fn beside(&self, bytes: Vec<u8>) -> Arc<Ram> {
+        let log = Arc::clone(&self.log);
+        Arc::new(Ram { id: FileId::new(), number: self.number + 1, bytes: Mutex::new(bytes), log, faults: Mutex::default() })
+    }
+
+    fn content(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap()
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
-        self.state().0.clone()
+        self.content().clone()
     }
 
     pub(crate) fn record(&self) {
-        self.state().1 = Some(Vec::new());
+        *self.log.lock().unwrap() = Some(Vec::new());
     }
 
     pub(crate) fn mark(&self, number: usize) {
         self.note(Event::Mark(number));
     }
 
-    pub(crate) fn take_log(&self) -> Vec<Event> {
-        self.state().1.take().unwrap_or_default()
+    /// Everything in its order, with the number of the file.
+    pub(crate) fn take_log(&self) -> Vec<(usize, Event)> {
+        self.log.lock().unwrap().take().unwrap_or_default()
+    }
+
+    /// After so many changes, so many fail: the disk is full.
+    pub(crate) fn fail(&self, after: u64, count: u64) {
+        *self.faults.lock().unwrap() = (after, count);
+    }
+
+    fn change(&self, event: Event) -> io::Result<()> {
+        let mut faults = self.faults.lock().unwrap();
+        match &mut *faults {
+            (0, 0) => {}
+            (0, left) => {
+                *left -= 1;
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            (until, _) => *until -= 1,
+        }
+        drop(faults);
+        self.note(event);
+        Ok(())
     }
 
     fn note(&self, event: Event) {
-        let mut state = self.state();
-        apply(&mut state.0, &event);
-        if let Some(log) = &mut state.1 {
-            log.push(event);
+        let mut bytes = self.content();
+        apply(&mut bytes, &event);
+        if let Some(log) = &mut *self.log.lock().unwrap() {
+            log.push((self.number, event));
         }
     }
 }
@@ -282,41 +319,39 @@ impl Storage for Ram {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.state().0.len() as u64)
+        Ok(self.content().len() as u64)
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         // Others get a chance to be in the way.
         std::thread::yield_now();
-        let state = self.state();
-        let from = (offset as usize).min(state.0.len());
-        let len = buffer.len().min(state.0.len() - from);
-        buffer[..len].copy_from_slice(&state.0[from..from + len]);
+        let bytes = self.content();
+        let from = (offset as usize).min(bytes.len());
+        let len = buffer.len().min(bytes.len() - from);
+        buffer[..len].copy_from_slice(&bytes[from..from + len]);
         Ok(len)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.note(Event::Write(offset, bytes.to_vec()));
-        Ok(())
+        self.change(Event::Write(offset, bytes.to_vec()))
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.note(Event::Sync);
+        // What others do until it returns is not covered by it.
+        self.change(Event::Sync)?;
+        std::thread::sleep(std::time::Duration::from_micros(200));
         Ok(())
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.note(Event::Zero(offset, len));
-        Ok(())
+        self.change(Event::Zero(offset, len))
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.note(Event::Zero(offset, len));
-        Ok(())
+        self.change(Event::Zero(offset, len))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.note(Event::Len(len));
-        Ok(())
+        self.change(Event::Len(len))
     }
 }

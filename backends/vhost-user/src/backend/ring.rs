@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vhost::vhost_user::message::FrontendReq;
 use virtio::device::Device;
+use virtio::dirty::LOG_ALL;
 use virtio::inflight::Log;
 use virtio::memory::Trust;
 use virtio::queue::{Config, MAX_SIZE, Queue, check_call, check_kick, check_socket};
@@ -17,6 +18,9 @@ use crate::{Error, Result};
 /// In "ring index and descriptor" bodies: no descriptor comes with the message.
 const NO_FD: u64 = 1 << 8;
 const INDEX_MASK: u64 = 0xff;
+
+/// In the flags of `SET_VRING_ADDR`: writes to the used ring are logged.
+const LOG_USED: u64 = 1;
 
 /// Bytes of `SET_VRING_ADDR`.
 const ADDRESSES: usize = 40;
@@ -33,6 +37,8 @@ struct Ring {
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
     running: bool,
+    /// Where writes to the used ring are logged, if they are.
+    used_address: Option<u64>,
 }
 
 /// All rings of a device.
@@ -95,6 +101,8 @@ impl Connection {
             call: ring.call.take(),
             error: ring.error.take(),
             log: log.transpose().map_err(|error| broken(error.to_string()))?,
+            dirty: self.dirty.clone().filter(|_| self.features & LOG_ALL != 0),
+            used_address: ring.used_address,
         };
         let queue = Queue::new(Arc::clone(&self.memory), config).map_err(|error| {
             let cause = std::error::Error::source(&error).map(|source| format!(" ({source})")).unwrap_or_default();
@@ -107,6 +115,19 @@ impl Connection {
 }
 
 impl<D: Device> Backend<D> {
+    /// Changes something of the connection that rings are made with, with all of them in our own hands for that moment.
+    pub(super) fn between(&mut self, change: impl FnOnce(&mut Connection)) -> Result<Answer> {
+        let mut running = Vec::new();
+        for index in self.connection.rings.indices() {
+            if self.connection.rings.suspend(index, &mut self.device) {
+                running.push(index);
+            }
+        }
+        change(&mut self.connection);
+        running.into_iter().try_for_each(|index| self.connection.resume(index, &mut self.device))?;
+        Ok(Answer::Done)
+    }
+
     pub(super) fn set_ring_size(&mut self, message: &Message) -> Result<Answer> {
         let largest = self.identity.queue_size.min(MAX_SIZE);
         let (index, size) = message.u32_pair()?;
@@ -121,12 +142,19 @@ impl<D: Device> Backend<D> {
             return Err(message.wrong_size(ADDRESSES));
         }
         let word = |at: usize| message.body.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_ne_bytes);
-        let (Some(head), Some(desc), Some(used), Some(avail)) = (word(0), word(8), word(16), word(24)) else {
+        let (Some(head), Some(desc), Some(used), Some(avail), Some(log)) = (word(0), word(8), word(16), word(24), word(32))
+        else {
             return Err(message.wrong_size(ADDRESSES));
         };
         let index = u32::try_from(head & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+        let used_address = (head >> 32 & LOG_USED != 0).then_some(log);
+        let (_, ring) = self.connection.rings.get(FrontendReq::SET_VRING_ADDR, index)?;
+        // A frontend that begins to log says it all again, while the guest runs.
+        if ring.running && (ring.desc, ring.used, ring.avail) == (desc, used, avail) {
+            return self.replace(FrontendReq::SET_VRING_ADDR, index, |ring| ring.used_address = used_address);
+        }
         let ring = self.stopped_ring(FrontendReq::SET_VRING_ADDR, index)?;
-        (ring.desc, ring.used, ring.avail) = (desc, used, avail);
+        (ring.desc, ring.used, ring.avail, ring.used_address) = (desc, used, avail, used_address);
         Ok(Answer::Done)
     }
 

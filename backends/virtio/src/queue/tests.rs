@@ -56,7 +56,21 @@ impl Driver {
     fn config(&self, event_idx: bool, log: Option<Log>) -> Config {
         let event = || Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
         let (kick, call, error) = (event(), event(), event());
-        Config { index: 0, size: SIZE, desc: DESC, avail: AVAIL, used: USED, event_idx, next_avail: 0, kick, call, error, log }
+        Config {
+            index: 0,
+            size: SIZE,
+            desc: DESC,
+            avail: AVAIL,
+            used: USED,
+            event_idx,
+            next_avail: 0,
+            kick,
+            call,
+            error,
+            log,
+            dirty: None,
+            used_address: None,
+        }
     }
 }
 

@@ -90,6 +90,13 @@ impl Slot {
             server.settle(self);
             self.queue.publish();
             self.pending = false;
+            // A request that comes now costs the guest no exit: kicks are not asked for yet.
+            if left > 0 && left < BUDGET && self.held.count == 0 && server.can_serve(index) {
+                let queue = &self.queue;
+                if server.poller().is_some_and(|poller| poller.look(|| queue.has_more())) {
+                    continue;
+                }
+            }
             // What could not be served must not keep the thread awake.
             let more = self.queue.arm();
             let ready = self.has_room() && server.can_serve(index);
@@ -111,6 +118,7 @@ impl Slot {
         };
         match served {
             Served::Done(written) => {
+                self.queue.note_written(&self.chain);
                 self.queue.complete(token, written);
                 if replayed {
                     self.queue.publish();
@@ -125,6 +133,7 @@ impl Slot {
     pub fn finish(&mut self, ticket: Ticket, answer: impl FnOnce(&Chain) -> u32) {
         let Some((token, chain)) = self.held.take(ticket) else { return };
         let written = answer(&chain);
+        self.queue.note_written(&chain);
         self.held.give_back(chain);
         self.queue.complete(token, written);
         // There may be something that had no room before.

@@ -43,6 +43,8 @@ fn a_queue_is_handed_over_served_and_given_back() {
         call: event(),
         error: event(),
         log: None,
+        dirty: None,
+        used_address: None,
     };
     let call = config.call.as_ref().unwrap().try_clone().unwrap();
     let served = Arc::new(AtomicU32::new(0));

@@ -75,7 +75,8 @@ fn a_running_ring_cannot_be_reconfigured() {
     let _kick = start(&frontend, &guest);
     assert!(refused(frontend.set_ring_size(0, 16)));
     assert!(refused(frontend.set_ring_base(0, 3)));
-    assert!(refused(frontend.set_ring_addresses(0, guest.ring())));
+    let elsewhere = RingAddresses { desc: guest.ring().desc + 0x4000, ..guest.ring() };
+    assert!(refused(frontend.set_ring_addresses(0, elsewhere)));
     let other = RegionEntry { guest_addr: 1 << 30, ..guest.entry };
     assert!(refused(frontend.add_memory_region(&other, guest.fd.as_fd())));
     assert!(refused(frontend.remove_memory_region(&guest.entry)));
