@@ -17,6 +17,7 @@ pub mod common;
 pub mod remote;
 pub mod shadow;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -109,6 +110,8 @@ struct Inner {
     /// The rings run, or will as soon as the control thread gets there.
     live: bool,
     dirty: Option<Span>,
+    /// What the driver has written to the configuration space since its last reset, byte for byte.
+    written: BTreeMap<u64, u8>,
 }
 
 /// A virtio-pci function.
@@ -161,6 +164,7 @@ impl VirtioPci {
             start: false,
             live: false,
             dirty: None,
+            written: BTreeMap::new(),
         };
         Ok(Self {
             identity,
@@ -202,6 +206,19 @@ impl VirtioPci {
         }
         let start = std::mem::take(&mut inner.start).then(|| (inner.common.accepted(), inner.common.rings()));
         Work { stop: false, start, config }
+    }
+
+    /// What the driver has written to the configuration space since its last reset: runs of bytes, each with its offset.
+    pub fn written(&self) -> Vec<(u32, Vec<u8>)> {
+        let mut runs: Vec<(u32, Vec<u8>)> = Vec::new();
+        for (offset, byte) in &self.inner().written {
+            let offset = u32::try_from(*offset).unwrap_or(u32::MAX);
+            match runs.last_mut() {
+                Some((start, bytes)) if u64::from(*start) + bytes.len() as u64 == u64::from(offset) => bytes.push(*byte),
+                _ => runs.push((offset, vec![*byte])),
+            }
+        }
+        runs
     }
 
     /// The rings are quiet: the driver may see status 0 now.
@@ -251,6 +268,7 @@ impl VirtioPci {
         inner.live = false;
         inner.start = false;
         inner.dirty = None;
+        inner.written.clear();
         self.sync_interrupts(inner);
         // What the last driver left behind is not for the next one. Nobody reads these eventfds any more.
         for event in self.lines.iter().flat_map(|l| [&l.kick, &l.call]).chain([&self.config_changed]) {
@@ -372,6 +390,9 @@ impl VirtioPci {
             let end = offset.saturating_add(data.len() as u64);
             let (start, end) = inner.dirty.map_or((offset, end), |d| (d.start.min(offset), d.end().max(end)));
             inner.dirty = Some(Span { start, size: end.saturating_sub(start) });
+            // Not more than there is: what lies beyond the end was ignored.
+            let len = inner.shadow.len() as u64;
+            inner.written.extend((offset..len).zip(data.iter().copied()));
             self.doorbell.ring();
         }
     }

@@ -287,6 +287,8 @@ impl<D: Device> Backend<D> {
         self.stop_all();
         self.connection.rings = Rings::new(self.identity.queues);
         self.device.reset();
+        // The next driver's features are told to the device even if they are the same: it has forgotten them.
+        self.connection.features = 0;
         Ok(Answer::Done)
     }
 

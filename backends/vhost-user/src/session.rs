@@ -139,6 +139,8 @@ pub struct Session {
     queues: u16,
     link: Option<Link>,
     active: Option<Active>,
+    /// Of the configuration space: what the driver has written, to be sent again.
+    written: Vec<(u32, Vec<u8>)>,
 }
 
 impl Session {
@@ -149,7 +151,8 @@ impl Session {
     pub fn connect(stream: UnixStream, setup: Setup) -> Result<Session> {
         let errors =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::socket("make an event descriptor"))?;
-        let mut session = Session { setup, errors, offered: 0, protocol: 0, queues: 0, link: None, active: None };
+        let mut session =
+            Session { setup, errors, offered: 0, protocol: 0, queues: 0, link: None, active: None, written: Vec::new() };
         let greeting = session.greet(stream)?;
         (session.offered, session.protocol, session.queues) = (greeting.offered, greeting.protocol, greeting.queues);
         session.link = Some(greeting.link);
@@ -185,6 +188,13 @@ impl Session {
             return Err(Error::Missing("a configuration space".to_owned()));
         }
         self.frontend()?.set_config(offset, data)
+    }
+
+    /// What the driver has written to the configuration space since it last reset the device, by offset. A backend learns it again
+    /// each time that features are settled and rings are started: a newcomer does not know it, and features may bring defaults with
+    /// them. What it refuses it has refused its predecessor's driver, too.
+    pub fn keep_config(&mut self, written: Vec<(u32, Vec<u8>)>) {
+        self.written = written;
     }
 
     /// Starts the device with the settled virtio features and the rings the driver has set up.
@@ -349,6 +359,14 @@ impl Session {
         let (Some(link), Some(active)) = (&mut self.link, &mut self.active) else { return Err(Error::Disconnected) };
         let frontend = &link.frontend;
         frontend.set_features(active.features | with_protocol)?;
+        if self.protocol & features::CONFIG != 0 {
+            for (offset, bytes) in &self.written {
+                match frontend.set_config(*offset, bytes) {
+                    Ok(()) | Err(Error::Missing(_) | Error::Failed(_)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
         if !link.memory_sent {
             send_memory(frontend, &self.setup.memory, self.protocol)?;
             link.memory_sent = true;

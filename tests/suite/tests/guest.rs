@@ -9,6 +9,7 @@ mod guest {
     mod backends;
     mod boot;
     mod calls;
+    mod disks;
     mod escapes;
     mod kills;
     mod life;

@@ -204,6 +204,7 @@ impl Remote {
         }
         if let Some((features, rings)) = work.start {
             tracing::debug!(device = self.name(), features, rings = rings.len(), "starting");
+            self.session.keep_config(self.function.written());
             outcome = outcome.and(self.session.start(features, &rings));
         }
         match outcome {
@@ -246,6 +247,7 @@ impl Remote {
     /// Continues with another process.
     pub fn replug(&mut self, stream: UnixStream) -> Change {
         let memory = self.memory;
+        self.session.keep_config(self.function.written());
         let outcome = self.session.reconnect(stream, |used| used_index(memory, used));
         self.state = match outcome.and_then(|()| self.refresh()) {
             Ok(()) => Change::Connected,

@@ -180,8 +180,13 @@ impl Machine {
 
     /// Waits until the guest has written this.
     pub(crate) fn wait_for(&mut self, text: &str) {
+        self.wait_until(text, |console| console.contains(text));
+    }
+
+    /// Waits until what the guest has written is as it should be.
+    pub(crate) fn wait_until(&mut self, text: &str, holds: impl Fn(&str) -> bool) {
         let start = Instant::now();
-        while !self.console().contains(text) {
+        while !holds(&self.console()) {
             let ended = self.child.try_wait().unwrap();
             assert!(ended.is_none(), "the machine ended before it wrote {text:?}: {ended:?}\n{}\n{}", self.console(), self.err());
             assert!(start.elapsed() < LIMIT, "the guest does not write {text:?}:\n{}\n{}", self.console(), self.err());
@@ -191,8 +196,13 @@ impl Machine {
 
     /// Ends the guest's loop: the disk that its command came from says so.
     pub(crate) fn stop_loop(&self) {
+        self.say(b"stop");
+    }
+
+    /// Tells the guest a word, by the disk that its command came from.
+    pub(crate) fn say(&self, word: &[u8]) {
         let disk = fs::File::options().write(true).open(self.scratch.path("script.img")).unwrap();
-        rustix::io::pwrite(&disk, b"stop", STOP_AT as u64).unwrap();
+        rustix::io::pwrite(&disk, word, STOP_AT as u64).unwrap();
     }
 
     /// What `outboard ps --json` says of it.
