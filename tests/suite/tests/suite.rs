@@ -13,6 +13,7 @@ mod suite {
     mod escapes;
     mod hostile;
     mod kills;
+    mod late_writes;
     mod outside;
     mod protocol;
     mod qemu;
