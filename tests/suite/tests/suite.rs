@@ -13,6 +13,7 @@ mod suite {
     mod escapes;
     mod hostile;
     mod kills;
+    mod late_writes;
     mod migration;
     mod outside;
     mod protocol;
