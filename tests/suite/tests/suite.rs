@@ -19,4 +19,5 @@ mod suite {
     mod protocol;
     mod qemu;
     mod stepped;
+    mod thrift;
 }
