@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vhost::vhost_user::message::FrontendReq;
 use virtio::device::Device;
 use virtio::inflight::Log;
-use virtio::memory::Trust;
+use virtio::memory::{Memory, Trust};
 use virtio::queue::{Config, MAX_SIZE, Queue, check_call, check_kick, check_socket};
 
 use super::{Answer, Backend, Connection, refused};
@@ -46,6 +46,12 @@ impl Rings {
 
     pub(super) fn any_running(&self) -> bool {
         self.0.iter().any(|ring| ring.running)
+    }
+
+    /// No running ring would lose its own place.
+    pub(super) fn all_run_in(&self, memory: &Memory) -> bool {
+        let there = |ring: &Ring| [ring.desc, ring.avail, ring.used].iter().all(|at| memory.guest_address(*at).is_some());
+        self.0.iter().filter(|ring| ring.running).all(there)
     }
 
     pub(super) fn indices(&self) -> impl Iterator<Item = u16> + use<> {
@@ -191,6 +197,15 @@ impl<D: Device> Backend<D> {
         let (_, ring) = self.connection.rings.get(request, index)?;
         change(ring);
         self.connection.resume(number, &mut self.device)?;
+        Ok(Answer::Done)
+    }
+
+    /// Changes the memory of the guest, with all rings in our own hands for that moment.
+    pub(super) fn exchange_memory(&mut self, memory: Memory) -> Result<Answer> {
+        let indices = self.connection.rings.indices();
+        let paused: Vec<u16> = indices.filter(|index| self.connection.rings.suspend(*index, &mut self.device)).collect();
+        self.connection.memory = Arc::new(memory);
+        paused.into_iter().try_for_each(|index| self.connection.resume(index, &mut self.device))?;
         Ok(Answer::Done)
     }
 
