@@ -15,6 +15,7 @@ mod suite {
     mod kills;
     mod late_writes;
     mod outside;
+    mod pipelines;
     mod protocol;
     mod qemu;
     mod stepped;
