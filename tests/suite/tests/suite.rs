@@ -17,6 +17,7 @@ mod suite {
     mod late_writes;
     mod migration;
     mod outside;
+    mod pipelines;
     mod protocol;
     mod qemu;
     mod stepped;
