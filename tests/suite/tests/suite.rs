@@ -14,6 +14,7 @@ mod suite {
     mod hostile;
     mod kills;
     mod late_writes;
+    mod nbd;
     mod outside;
     mod pipelines;
     mod protocol;
