@@ -1,4 +1,5 @@
-//! The host resource: the image's files, or a block device, opened and locked while there are still paths.
+//! The host resource: the image's files, or a block device, opened and locked while there are still paths ([`Files`]), and read when there
+//! are none any more ([`Disk`]): what an image says of itself may be anybody's.
 //!
 //! What they mean is the crate `image`'s affair; this is how the process comes to them. The first file is the one that is written. It is
 //! locked against every other writer and reader, the others against writers, in a way that QEMU's own locks notice and that notices
@@ -13,11 +14,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use daemon::Confined;
 use image::{Create, FileId, FileStorage, Format, Image, Info, Layer, Options, Storage, create};
 use rustix::fs::{Mode, OFlags, open};
 use sandbox::lock_file;
@@ -26,6 +29,7 @@ use crate::args::{Config, Place};
 use crate::direct::Alignment;
 use crate::engine::File;
 use crate::request::SECTOR;
+use crate::sandbox::READER;
 use crate::shared::Abilities;
 use crate::topology::{self, Topology};
 
@@ -54,21 +58,29 @@ pub struct Disk {
     null: bool,
 }
 
-impl Disk {
-    /// Opens and locks the files, and looks what they are. `given` takes descriptors over that arguments name.
+/// The files of an image, open and locked. What is in them is an attacker's, and nobody has looked at it yet.
+#[derive(Debug)]
+pub struct Files {
+    layers: Vec<Layer>,
+    files: Vec<(FileId, File)>,
+    topology: Topology,
+    direct: Option<Alignment>,
+    abilities: Abilities,
+    /// The first of them has nothing in it yet: it is to become an overlay on the others.
+    fresh: bool,
+}
+
+impl Files {
+    /// Opens and locks the files. `given` takes descriptors over that arguments name.
     ///
     /// # Errors
-    /// With the path: not there, no right to it, in use, or no image.
-    pub fn open(config: &Config, given: impl Fn(RawFd) -> Result<OwnedFd>) -> Result<Disk> {
-        if let Some(bytes) = config.null {
-            return Disk::null(bytes, config);
-        }
-        let mut files = Vec::new();
-        let mut layers = Vec::new();
+    /// With the path: not there, no right to it, or in use.
+    pub fn open(config: &Config, given: impl Fn(RawFd) -> Result<OwnedFd>) -> Result<Files> {
+        let (mut files, mut layers) = (Vec::new(), Vec::new());
         let mut top = None;
         for (depth, link) in config.chain.iter().enumerate() {
-            let access =
-                Access { writable: depth == 0 && !config.read_only && config.ephemeral.is_none(), direct: config.direct };
+            let writable = depth == 0 && !config.read_only && config.ephemeral.is_none();
+            let access = Access { writable, direct: config.direct };
             let opened = Opened::find(&link.place, access, &given)?;
             let file = opened.storage(&mut files)?;
             let data = match &link.data {
@@ -78,34 +90,58 @@ impl Disk {
             layers.push(Layer { format: link.format, file, data });
             top = top.or(Some(opened));
         }
-        let mut top = top.context("There is no image")?;
         if let Some(dir) = &config.ephemeral {
-            let bytes = layers.first().map_or(Ok(0), |base| size(base, config))?;
-            top = overlay(dir, bytes, config)?;
-            let file = top.storage(&mut files)?;
+            let scratch = scratch(dir, config)?;
+            let file = scratch.storage(&mut files)?;
             layers.insert(0, Layer { format: Format::Qcow2, file, data: None });
+            top = Some(scratch);
         }
+        let (topology, direct, abilities) = match &top {
+            Some(top) => (top.topology(config), config.direct.then(|| topology::alignment(&top.data)), top.abilities(config)),
+            None => Files::of_nothing(config),
+        };
+        Ok(Files { layers, files, topology, direct, abilities, fresh: config.ephemeral.is_some() })
+    }
+
+    fn of_nothing(config: &Config) -> (Topology, Option<Alignment>, Abilities) {
+        let mut topology = Topology::default();
+        config.blocks.apply(&mut topology);
+        (topology, None, Abilities { read_only: config.read_only, ..Abilities::default() })
+    }
+
+    /// Reads what they say, on a thread that may do nothing else.
+    ///
+    /// # Errors
+    /// When it is no image, or none that can be used so.
+    pub fn read(self, config: &Config, confined: &Confined) -> Result<Disk> {
+        let (tell, news) = channel();
+        let config = config.clone();
+        confined.spawn(READER, "image".to_owned(), move || drop(tell.send(Disk::of(self, &config))))?;
+        news.recv().context("The image was not read to its end")?
+    }
+}
+
+impl Disk {
+    fn of(files: Files, config: &Config) -> Result<Disk> {
+        if let Some(bytes) = config.null {
+            return Disk::null(bytes, config);
+        }
+        let Files { layers, files, topology, direct, abilities, fresh } = files;
         let name = config.chain.first().map(|link| link.place.to_string()).unwrap_or_default();
+        if let (true, [overlay, base, ..]) = (fresh, layers.as_slice()) {
+            fill(overlay, base, config).context("Cannot make an overlay for what is written to the ephemeral disk")?;
+        }
         let image = whole(&layers, config).with_context(|| format!("Cannot use image {name}"))?;
-        Ok(Disk {
-            topology: top.topology(config),
-            direct: config.direct.then(|| topology::alignment(&top.data)),
-            abilities: top.abilities(config),
-            image,
-            files: Mutex::new(files),
-            epoch: AtomicU64::new(0),
-            null: false,
-        })
+        let (files, epoch) = (Mutex::new(files), AtomicU64::new(0));
+        Ok(Disk { image, files, epoch, topology, direct, abilities, null: false })
     }
 
     /// A disk of so many bytes that keeps nothing: what is left is what it costs to be asked.
     fn null(bytes: u64, config: &Config) -> Result<Disk> {
         let layer = Layer { format: Format::Raw, file: Arc::new(Nothing(FileId::new(), bytes)), data: None };
         let image = Image::open(&[layer], Options { writable: true, ..Options::default() })?;
-        let mut topology = Topology::default();
-        config.blocks.apply(&mut topology);
-        let abilities = Abilities { read_only: config.read_only, ..Abilities::default() };
-        Ok(Disk { image, files: Mutex::default(), epoch: AtomicU64::new(0), topology, direct: None, abilities, null: true })
+        let (topology, direct, abilities) = Files::of_nothing(config);
+        Ok(Disk { image, files: Mutex::default(), epoch: AtomicU64::new(0), topology, direct, abilities, null: true })
     }
 
     /// The image.
@@ -332,22 +368,23 @@ fn size(base: &Layer, config: &Config) -> Result<u64> {
     Ok(bytes - bytes % SECTOR)
 }
 
-/// A fresh overlay in a file without a name: it goes with the last process that has it open.
-fn overlay(dir: &Path, bytes: u64, config: &Config) -> Result<Opened> {
+/// A file without a name: it goes with the last process that has it open.
+fn scratch(dir: &Path, config: &Config) -> Result<Opened> {
     let access = Access { writable: true, direct: config.direct };
     let made = || -> Result<Opened> {
         let file = fs::File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir)?;
-        let base = config.chain.first().map(|link| (link.place.to_string(), link.format.name().to_owned()));
-        create(
-            &FileStorage::new(file.try_clone()?.into())?.without_sync(),
-            &Create { size: bytes, backing: base, ..Create::default() },
-        )?;
         let own = format!("/proc/self/fd/{}", file.as_raw_fd());
         let past =
             config.direct.then(|| open(own, OFlags::CLOEXEC | OFlags::RDWR | OFlags::DIRECT, Mode::empty())).transpose()?;
         Opened::locked(file.into(), past, false, access)
     };
-    made().with_context(|| format!("Cannot make an overlay in {} for what is written to the ephemeral disk", dir.display()))
+    made().with_context(|| format!("Cannot make a file in {} for what is written to the ephemeral disk", dir.display()))
+}
+
+/// Makes an empty file an overlay on an image.
+fn fill(overlay: &Layer, base: &Layer, config: &Config) -> Result<()> {
+    let backing = config.chain.first().map(|link| (link.place.to_string(), link.format.name().to_owned()));
+    Ok(create(&*overlay.file, &Create { size: size(base, config)?, backing, ..Create::default() })?)
 }
 
 /// One writer, or many readers. The lock goes with the last use of the open file.

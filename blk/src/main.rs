@@ -6,7 +6,7 @@ use std::sync::Arc;
 use blk::args::{Args, Config};
 use blk::commands::Entrance;
 use blk::device::{Blk, Engines};
-use blk::image::Disk;
+use blk::image::Files;
 use blk::metrics;
 use blk::sandbox::POLICY;
 use vhost_user::Backend;
@@ -15,12 +15,12 @@ fn main() -> ExitCode {
     daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
         let config = Config::try_from(startup.args())?;
         let trust = startup.args().memory.trust();
-        let disk = Disk::open(&config, |fd| startup.inherited(fd))?;
+        let files = Files::open(&config, |fd| startup.inherited(fd))?;
         let engines = Engines::open(&config)?;
         virtio::metrics::publish_with(startup.metrics()?, &metrics::ALL, &metrics::TIMES, config.queues)?;
         let entrance = entrance(&startup)?;
         let confined = startup.confine()?;
-        let disk = Arc::new(disk);
+        let disk = Arc::new(files.read(&config, &confined)?);
         let device = Blk::new(&disk, engines, &config, &confined)?;
         if let Some(entrance) = entrance {
             device.obey(entrance, &disk, &confined)?;

@@ -43,6 +43,21 @@ const OBEY: &[Rule] = &[
     allow(libc::SYS_ftruncate, "images that grow"),
 ];
 
+/// The role of the thread that reads what the image says, and ends.
+pub const READER: &str = "image";
+
+const READ: &[Rule] = &[
+    allow(libc::SYS_fstat, "how long an image is"),
+    allow(libc::SYS_lseek, "how long a block device is"),
+    allow(libc::SYS_preadv2, "an image's tables"),
+    allow(libc::SYS_pwritev2, "an image that was not closed is repaired; an overlay is begun"),
+    allow(libc::SYS_fallocate, "space that an unclean image has lost"),
+    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
+    allow(libc::SYS_ftruncate, "an image that ends within a cluster"),
+    allow(libc::SYS_madvise, "the thread's end"),
+    allow(libc::SYS_exit, "the thread's end"),
+];
+
 const CLOSE: &[Rule] = &[
     allow(libc::SYS_preadv2, "closing an image: its tables"),
     allow(libc::SYS_pwritev2, "closing an image: space that was reserved is given back"),
@@ -62,8 +77,13 @@ pub const POLICY: Policy = Policy {
     name: "outboard-blk",
     limits: Limits {
         descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
-        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 3,
+        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 4,
     },
     control: &[RUNTIME, PROTOCOL, CLOSE],
-    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK]), (COMMANDS, &[RUNTIME, OBEY])],
+    threads: &[
+        (THREAD, &[RUNTIME, RINGS, QUEUE]),
+        (POOL, &[RUNTIME, DISK]),
+        (COMMANDS, &[RUNTIME, OBEY]),
+        (READER, &[RUNTIME, READ]),
+    ],
 };

@@ -137,6 +137,17 @@ pub enum Blk {
         #[command(flatten)]
         rings: Rings,
     },
+    /// Serve the disk as NBD, to one client after the other, until this program is ended
+    Nbd {
+        /// The backend's socket
+        socket: PathBuf,
+        /// Where to listen for clients
+        #[arg(long, value_name = "PATH")]
+        listen: PathBuf,
+        /// How rings are made
+        #[command(flatten)]
+        rings: Rings,
+    },
     /// Measure the disk. A load that writes destroys what is on it
     Bench {
         /// The backend's socket

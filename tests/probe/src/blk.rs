@@ -13,6 +13,7 @@ use crate::random::{Random, mix};
 use crate::ring::Buffer;
 
 pub mod bench;
+pub mod nbd;
 pub mod verify;
 
 /// Bytes of a sector, the unit of addresses on the wire.
@@ -43,6 +44,8 @@ pub const FEATURES: [(u64, &str); 11] = [
     (1 << 14, "WRITE_ZEROES"),
 ];
 
+/// `VIRTIO_BLK_F_RO`.
+pub const F_RO: u64 = 1 << 5;
 /// `VIRTIO_BLK_F_FLUSH`.
 pub const F_FLUSH: u64 = 1 << 9;
 /// `VIRTIO_BLK_F_DISCARD`.

@@ -18,6 +18,10 @@ pub const EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_VERSION_1`.
 pub const VERSION_1: u64 = 1 << 32;
 
+/// How long a backend may take. A VMM is less patient; but how long a start on a busy host takes is measured here, not judged.
+const PATIENCE: Deadlines =
+    Deadlines { exchange: Duration::from_secs(20), whole: Duration::from_secs(30), stop: Duration::from_secs(10) };
+
 /// How the rings are made.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -56,7 +60,7 @@ impl Device {
     pub fn connect(stream: UnixStream, shape: Shape, features: u64) -> Result<Device> {
         let mut memory = Memory::new(shape.memory)?;
         let notifiers = (0..shape.queues).map(|_| notifiers()).collect::<Result<_>>()?;
-        let setup = Setup { memory: memory.regions(), notifiers, deadlines: Deadlines::default() };
+        let setup = Setup { memory: memory.regions(), notifiers, deadlines: PATIENCE };
         let session = Session::connect(stream, setup).context("Cannot set up the backend")?;
         let mut wanted = features | VERSION_1;
         wanted |= if shape.event_idx { EVENT_IDX } else { 0 } | if shape.indirect { INDIRECT_DESC } else { 0 };

@@ -10,7 +10,7 @@ use clap::Parser;
 use probe::args::{Attack, Blk, Command, Rings, Storm, StormOf, Verb};
 use probe::attack::{self, Case, THEMES, Verdict, Victim};
 use probe::blk::bench::{self, Load};
-use probe::blk::{Disk, FEATURES, verify};
+use probe::blk::{Disk, FEATURES, nbd, verify};
 use probe::device::{Device, Shape};
 use probe::link::{Backend, connect};
 use probe::{rng, storm};
@@ -52,6 +52,12 @@ fn run(verb: Verb) -> Result<bool> {
         Verb::Blk(Blk::Read { socket, offset, length, rings }) => read(&socket, offset, length, rings),
         Verb::Blk(Blk::Write { socket, offset, rings }) => write(&socket, offset, rings),
         Verb::Blk(Blk::Verify { socket, length, block_size, depth, rings }) => check(&socket, length, block_size, depth, rings),
+        Verb::Blk(Blk::Nbd { socket, listen, rings }) => {
+            let mut disk = open(&socket, rings, 1, PIECE)?;
+            let listener = nbd::listen(&listen)?;
+            eprintln!("The disk is at nbd+unix:///?socket={}", listen.display());
+            nbd::serve(&mut disk, &listener).map(|()| true)
+        }
         Verb::Blk(Blk::Bench { socket, load, block_size, depth, seconds, json, rings }) => {
             measure(&socket, load, block_size, depth, seconds, json, rings)
         }

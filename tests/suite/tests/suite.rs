@@ -16,6 +16,7 @@ mod suite {
     mod kills;
     mod late_writes;
     mod migration;
+    mod nbd;
     mod outside;
     mod pipelines;
     mod protocol;

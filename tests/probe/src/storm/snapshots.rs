@@ -86,7 +86,9 @@ impl Snapshots {
     pub(super) fn ask(&mut self) -> Result<()> {
         let path = self.next("qcow2");
         let Some((below, format)) = self.chain.first() else { bail!("There is no image to take a snapshot of") };
-        let backing = Some((below.display().to_string(), format.name().to_owned()));
+        // As people look at them: beside each other.
+        let name = below.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let backing = Some((name, format.name().to_owned()));
         let cannot = || format!("Cannot make image {}", path.display());
         let file = File::options().read(true).write(true).create_new(true).open(&path).with_context(cannot)?;
         // The lock belongs to the open file, so the one that is sent is not kept here.
