@@ -15,6 +15,7 @@ use crate::engine::Engine;
 use crate::engine::pool::{self, Jobs, Pool};
 use crate::engine::uring::Uring;
 use crate::image::Disk;
+use crate::limit::Limits;
 use crate::queue::DiskQueue;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use crate::sandbox::{COMMANDS, POOL, THREAD};
@@ -69,9 +70,9 @@ impl Blk {
     ///
     /// # Errors
     /// When one cannot be started.
-    pub fn new(disk: &Arc<Disk>, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
-        let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities()));
-        shared.limits.set(config.operations, config.bytes);
+    pub fn new(disk: &Arc<Disk>, engines: Engines, limits: Limits, config: &Config, confined: &Confined) -> Result<Blk> {
+        limits.begin(config.operations, config.bytes);
+        let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities(), limits));
         // Asked once, before there are filters.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let mut workers = Vec::new();

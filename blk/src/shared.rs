@@ -41,20 +41,16 @@ pub struct Abilities {
 
 impl Shared {
     /// For a disk of so many bytes.
-    pub fn new(bytes: u64, serial: [u8; SERIAL], direct: Option<Alignment>, abilities: Abilities) -> Shared {
+    pub fn new(
+        bytes: u64,
+        serial: [u8; SERIAL],
+        direct: Option<Alignment>,
+        abilities: Abilities,
+        limits: limit::Limits,
+    ) -> Shared {
         let Abilities { read_only, secure_erase, lifetime } = abilities;
         let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
-        Shared {
-            serial,
-            direct,
-            read_only,
-            writes_back,
-            bytes,
-            secure_erase,
-            lifetime,
-            limits: limit::Limits::default(),
-            host: OnceLock::new(),
-        }
+        Shared { serial, direct, read_only, writes_back, bytes, secure_erase, lifetime, limits, host: OnceLock::new() }
     }
 
     /// What requests are checked against.
