@@ -166,7 +166,15 @@ pub enum Blk {
 #[derive(Debug, Subcommand)]
 pub enum StormOf {
     /// A virtio-blk backend. What is on its disk is overwritten
-    Blk(Storm),
+    Blk {
+        /// Have it take snapshots, and kill it while it does: for `outboard-blk`. Its images are made in this folder; `{disk}` in the
+        /// command becomes the words that say which, `{control}` the path of its control socket
+        #[arg(long, value_name = "FOLDER")]
+        snapshots: Option<PathBuf>,
+        /// How to kill
+        #[command(flatten)]
+        plan: Storm,
+    },
     /// A virtio-rng backend
     Rng(Storm),
     /// A virtio-console backend that writes a file

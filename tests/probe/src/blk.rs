@@ -24,6 +24,7 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 /// Bytes of a configuration space with all that is asked about.
 const CONFIG: u32 = 60;
 
+const PAGE: u64 = 4096;
 const HEADER: u32 = 16;
 const STATUS_NONE: u8 = 0xff;
 
@@ -41,6 +42,13 @@ pub const FEATURES: [(u64, &str); 11] = [
     (1 << 13, "DISCARD"),
     (1 << 14, "WRITE_ZEROES"),
 ];
+
+/// `VIRTIO_BLK_F_FLUSH`.
+pub const F_FLUSH: u64 = 1 << 9;
+/// `VIRTIO_BLK_F_DISCARD`.
+pub const F_DISCARD: u64 = 1 << 13;
+/// `VIRTIO_BLK_F_WRITE_ZEROES`.
+pub const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +161,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Connects to a disk and starts it, with `slots` requests of up to `slot_bytes` each.
+    /// Connects to a disk and starts it, with `slots` requests of up to `slot_bytes` each. The data of every other slot lies on a page, as
+    /// drivers have it; the others' lies anywhere.
     ///
     /// # Errors
     /// When the backend is none, or is no disk.
@@ -161,7 +170,7 @@ impl Disk {
         Disk::open_aligned(stream, shape, slots, slot_bytes, seed, 1)
     }
 
-    /// The same with data that lies at multiples of `alignment`, as drivers have it: backends need not copy it.
+    /// The same with all data at multiples of `alignment`, as drivers have it: backends need not copy it.
     ///
     /// # Errors
     /// As [`Disk::open`].
@@ -179,7 +188,8 @@ impl Disk {
         let config = device.session().config(CONFIG).context("Cannot read the configuration of the disk")?;
         let geometry = Geometry::parse(&config)?;
         let mut list = Vec::with_capacity(slots);
-        for _ in 0..slots {
+        for place in 0..slots {
+            let alignment = if place % 2 == 1 { alignment.max(PAGE) } else { alignment };
             let memory = device.memory_mut();
             let header = memory.take(HEADER.into(), 1, random.number())?;
             let data = memory.take(slot_bytes.into(), alignment, random.number())?;
@@ -371,6 +381,17 @@ impl Geometry {
             max_zeroes: word(48),
         })
     }
+}
+
+/// One range of a discard or of zeroes, as it goes over the wire. The first flag allows zeroes to give their space back.
+pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    let (first, rest) = bytes.split_at_mut(8);
+    let (count, last) = rest.split_at_mut(4);
+    first.copy_from_slice(&sector.to_le_bytes());
+    count.copy_from_slice(&sectors.to_le_bytes());
+    last.copy_from_slice(&flags.to_le_bytes());
+    bytes
 }
 
 /// What a block holds after its `generation`th write: every byte depends on where it is and how often it was written.

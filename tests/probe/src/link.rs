@@ -57,6 +57,8 @@ pub struct Backend {
     command: Vec<String>,
     socket: Option<PathBuf>,
     child: Option<Process>,
+    /// Words of the command that stand for others.
+    given: Vec<(String, Vec<String>)>,
     quiet: bool,
     /// The machine's network namespace, where the backend is started as in a machine.
     machine: Option<NetNamespace>,
@@ -101,7 +103,7 @@ impl Backend {
     pub fn new(command: Vec<String>) -> Backend {
         let listens = command.iter().any(|word| word.contains("{socket}"));
         let socket = listens.then(|| std::env::temp_dir().join(format!("outboard-probe-{}.sock", std::process::id())));
-        Backend { command, socket, child: None, quiet: false, machine: None }
+        Backend { command, socket, child: None, given: Vec::new(), quiet: false, machine: None }
     }
 
     /// What it says is not shown.
@@ -119,6 +121,21 @@ impl Backend {
     pub fn in_machine(mut self) -> Result<Backend> {
         self.machine = Some(NetNamespace::new()?);
         Ok(self)
+    }
+
+    /// A word of the command that stands for others, from the next start on.
+    pub fn give(&mut self, word: &str, words: Vec<String>) {
+        self.given.retain(|(one, _)| one != word);
+        self.given.push((word.to_owned(), words));
+    }
+
+    /// The command.
+    fn words(&self) -> Vec<String> {
+        let stands_for = |word: &String| match self.given.iter().find(|(one, _)| one == word) {
+            Some((_, words)) => words.clone(),
+            None => vec![word.clone()],
+        };
+        self.command.iter().flat_map(stands_for).collect()
     }
 
     /// Connects once more to the one that listens.
@@ -149,13 +166,13 @@ impl Backend {
         let (ours, theirs) = UnixStream::pair().context("Cannot make a socket pair")?;
         let theirs = OwnedFd::from(theirs);
         if let Some(machine) = &self.machine {
-            self.child = Some(Process::Composed(compose(&self.command, machine, &theirs)?));
+            self.child = Some(Process::Composed(compose(&self.words(), machine, &theirs)?));
             return Ok(ours);
         }
         // A number that survives exec: the copy without close-on-exec is the child's alone, as this one is closed here.
         let passed = rustix::io::dup(&theirs).context("Cannot pass a socket on")?;
         let number = passed.as_raw_fd().to_string();
-        let mut words: Vec<String> = self.command.iter().map(|word| word.replace("{fd}", &number)).collect();
+        let mut words: Vec<String> = self.words().iter().map(|word| word.replace("{fd}", &number)).collect();
         if !self.command.iter().any(|word| word.contains("{fd}")) {
             words.extend(["--fd".to_owned(), number]);
         }
@@ -166,7 +183,7 @@ impl Backend {
 
     fn start_listening(&mut self, path: &Path) -> Result<UnixStream> {
         let _nothing_left_behind = std::fs::remove_file(path);
-        let words: Vec<String> = self.command.iter().map(|word| word.replace("{socket}", &path.to_string_lossy())).collect();
+        let words: Vec<String> = self.words().iter().map(|word| word.replace("{socket}", &path.to_string_lossy())).collect();
         self.child = Some(Process::Command(run(&words, self.quiet)?));
         let start = Instant::now();
         loop {

@@ -55,7 +55,9 @@ fn run(verb: Verb) -> Result<bool> {
         Verb::Blk(Blk::Bench { socket, load, block_size, depth, seconds, json, rings }) => {
             measure(&socket, load, block_size, depth, seconds, json, rings)
         }
-        Verb::Storm { what: StormOf::Blk(plan) } => kill(&plan, |backend, how, progress| storm::blk(backend, how, progress)),
+        Verb::Storm { what: StormOf::Blk { snapshots, plan } } => {
+            kill(&plan, |backend, how, progress| storm::blk(backend, snapshots.as_deref(), how, progress))
+        }
         Verb::Storm { what: StormOf::Console { file, plan } } => {
             kill(&plan, |backend, how, progress| storm::console(backend, &file, how, progress))
         }
@@ -201,7 +203,7 @@ fn kill(plan: &Storm, run: impl FnOnce(&mut Backend, storm::Plan, &mut dyn FnMut
         kills: plan.kills,
         depth: plan.depth,
         gap: Duration::from_millis(plan.gap),
-        shape: plan.rings.shape(plan.depth, 4096),
+        shape: plan.rings.shape(plan.depth, storm::REQUEST),
         seed: plan.rings.seed,
     };
     let people = stderr().is_terminal() && !plan.json;
@@ -221,14 +223,17 @@ fn kill(plan: &Storm, run: impl FnOnce(&mut Backend, storm::Plan, &mut dyn FnMut
 fn tell(report: &storm::Report, plan: &Storm) {
     let millis = |percent| report.pause(percent).as_secs_f64() * 1000.0;
     let (p50, p99, max) = (millis(50), millis(99), millis(100));
-    let storm::Report { kills, requests, lost, duplicated, corrupted, failed, .. } = report;
+    let storm::Report { kills, requests, lost, duplicated, corrupted, failed, snapshots, taken, .. } = report;
     if plan.json {
         let shown = json!({"kills": kills, "requests": requests, "lost": lost, "duplicated": duplicated, "corrupted": corrupted,
-            "failed": failed, "pause_ms": {"p50": p50, "p99": p99, "max": max}, "seed": plan.rings.seed});
+            "failed": failed, "snapshots": snapshots, "taken": taken, "pause_ms": {"p50": p50, "p99": p99, "max": max}, "seed": plan.rings.seed});
         println!("{shown}");
         return;
     }
     println!("{kills} kills, {requests} requests: {lost} lost, {duplicated} duplicated, {corrupted} corrupted, {failed} failed");
+    if *snapshots > 0 {
+        println!("{snapshots} snapshots asked for, {taken} of them taken before the kill");
+    }
     println!("pause from kill to next completion: p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms");
     if !report.is_clean() {
         println!("seed {}", plan.rings.seed);

@@ -10,21 +10,26 @@
 //!
 //! A write that was in flight at a kill may have happened or not, until its completion says that it has; since no two requests
 //! for one block are out at the same time, every completed request has exactly one right content.
+//!
+//! A disk may also be killed while it changes its image (`snapshots.rs`).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
+use crate::blk::LIMIT;
 use crate::blk::bench::quantile;
-use crate::blk::{Disk, Kind, LIMIT, SECTOR, Status, pattern};
 use crate::device::{Device, Shape};
 use crate::link::Backend;
 use crate::random::Random;
 use crate::ring::{Buffer, Used};
 
+mod blk;
 mod console;
+mod snapshots;
 
+pub use blk::{REQUEST, blk};
 pub use console::console;
 
 /// How a storm is run.
@@ -57,6 +62,10 @@ pub struct Report {
     pub corrupted: u64,
     /// Requests that the device completed with an error.
     pub failed: u64,
+    /// Snapshots that were asked for, a moment before a kill.
+    pub snapshots: u64,
+    /// Snapshots that were taken before the kill came: the others were cut off.
+    pub taken: u64,
     /// From each kill to the next completion, sorted.
     pub pauses: Vec<Duration>,
 }
@@ -80,24 +89,20 @@ trait Load {
     fn fill(&mut self);
     /// Takes completions, checks them, and gives their number.
     fn take(&mut self, report: &mut Report) -> Result<u64>;
+    /// A request has seen so many kills that one more would make it look like their cause: backends give such a request up.
+    fn has_suspect(&self) -> bool {
+        false
+    }
+    /// Asks the backend for something that the kill may cut off. `false`: there is nothing.
+    fn disturb(&mut self, _report: &mut Report) -> Result<bool> {
+        Ok(false)
+    }
+    /// The backend is dead: settles how its successor is started.
+    fn succeed(&mut self, _backend: &mut Backend, _report: &mut Report) -> Result<()> {
+        Ok(())
+    }
     /// Checks at the end what only then can be checked.
     fn finish(&mut self, report: &mut Report) -> Result<()>;
-}
-
-/// Runs a storm on a block device. Its content is overwritten.
-///
-/// # Errors
-/// When the backend cannot be started, or a step fails in a way that is no verdict.
-pub fn blk(backend: &mut Backend, plan: Plan, progress: impl FnMut(u32)) -> Result<Report> {
-    let stream = backend.start()?;
-    let disk = Disk::open(stream, plan.shape, plan.depth, BLOCK, plan.seed)?;
-    let blocks = (disk.geometry.capacity * SECTOR / u64::from(BLOCK)).min(MAX_BLOCKS);
-    if blocks <= plan.depth as u64 * 2 {
-        bail!("The disk is too small for a storm of depth {}", plan.depth);
-    }
-    let generations = vec![0; usize::try_from(blocks)?];
-    let mut load = BlkLoad { disk, generations, out: vec![None; plan.depth], random: Random::new(plan.seed), seed: plan.seed };
-    run(&mut load, backend, plan, progress)
 }
 
 /// Runs a storm on an entropy source.
@@ -115,16 +120,23 @@ pub fn rng(backend: &mut Backend, plan: Plan, progress: impl FnMut(u32)) -> Resu
     run(&mut RngLoad { device, idle, out: Vec::new() }, backend, plan, progress)
 }
 
+/// The longest time from a disturbance to the kill, in microseconds: about twice what it takes.
+const DISTURBED: u64 = 4000;
+
 fn run(load: &mut impl Load, backend: &mut Backend, plan: Plan, mut progress: impl FnMut(u32)) -> Result<Report> {
     let mut report = Report::default();
     let mut random = Random::new(plan.seed ^ 1);
     for kill in 1..=plan.kills {
         let gap = Duration::from_micros(random.below(u64::try_from(plan.gap.as_micros())?));
         load_for(load, gap, &mut report)?;
+        if load.disturb(&mut report)? {
+            load_for(load, Duration::from_micros(random.below(DISTURBED)), &mut report)?;
+        }
         let connection: Option<OwnedFd> = load.device().connection().map(|fd| fd.try_clone_to_owned()).transpose()?;
         let killed = Instant::now();
         backend.kill(connection.as_ref().map(AsFd::as_fd))?;
         load.fill();
+        load.succeed(backend, &mut report)?;
         let stream = backend.start()?;
         load.device().reconnect(stream).with_context(|| format!("after kill {kill}"))?;
         if !resume(load, &mut report)? {
@@ -143,7 +155,7 @@ fn run(load: &mut impl Load, backend: &mut Backend, plan: Plan, mut progress: im
 /// Keeps the device loaded for a while.
 fn load_for(load: &mut impl Load, time: Duration, report: &mut Report) -> Result<()> {
     let start = Instant::now();
-    while start.elapsed() < time {
+    while start.elapsed() < time || (load.has_suspect() && start.elapsed() < LIMIT) {
         load.fill();
         if load.take(report)? == 0 {
             load.device().wait(Duration::from_millis(1));
@@ -177,110 +189,6 @@ fn drain(load: &mut impl Load, report: &mut Report) -> Result<()> {
     }
     report.lost = load.device().outstanding() as u64;
     Ok(())
-}
-
-/// Bytes of a block in a storm.
-const BLOCK: u32 = 4096;
-
-/// Most blocks in a storm: few enough that each is written many times.
-const MAX_BLOCKS: u64 = 2048;
-
-#[derive(Clone, Copy, Debug)]
-struct Out {
-    kind: Kind,
-    block: u64,
-}
-
-struct BlkLoad {
-    disk: Disk,
-    /// How often each block was written; 0: not yet, its content is not known.
-    generations: Vec<u64>,
-    out: Vec<Option<Out>>,
-    random: Random,
-    seed: u64,
-}
-
-impl BlkLoad {
-    fn generation(&mut self, block: u64) -> &mut u64 {
-        let index = usize::try_from(block).unwrap_or(0);
-        &mut self.generations[index]
-    }
-
-    fn check(&mut self, slot: usize, block: u64) -> bool {
-        let generation = *self.generation(block);
-        let (mut expected, mut got) = ([0; BLOCK as usize], [0; BLOCK as usize]);
-        pattern(block, generation, self.seed, &mut expected);
-        self.disk.data(slot, &mut got);
-        expected == got
-    }
-}
-
-impl Load for BlkLoad {
-    fn device(&mut self) -> &mut Device {
-        &mut self.disk.device
-    }
-
-    fn fill(&mut self) {
-        let blocks = self.generations.len() as u64;
-        while let Some(slot) = self.disk.idle() {
-            let block = self.random.below(blocks);
-            // One request for a block at a time: that is what makes every content right or wrong.
-            if self.out.iter().flatten().any(|out| out.block == block) {
-                continue;
-            }
-            let written = *self.generation(block);
-            let kind = if written == 0 || self.random.below(2) == 0 { Kind::Out } else { Kind::In };
-            if kind == Kind::Out {
-                let mut bytes = [0; BLOCK as usize];
-                pattern(block, written + 1, self.seed, &mut bytes);
-                self.disk.fill(slot, &bytes);
-            }
-            let queue = u16::try_from(self.random.below(self.disk.device.queues().into())).unwrap_or(0);
-            if !self.disk.submit(queue, slot, kind, block * u64::from(BLOCK) / SECTOR, BLOCK) {
-                return;
-            }
-            self.disk.device.kick(queue);
-            self.out[slot] = Some(Out { kind, block });
-        }
-    }
-
-    fn take(&mut self, report: &mut Report) -> Result<u64> {
-        let mut count = 0;
-        loop {
-            let done = match self.disk.completion() {
-                Ok(Some(done)) => done,
-                Ok(None) => return Ok(count),
-                // A head that was not out: the request was completed before.
-                Err(_) => {
-                    report.duplicated += 1;
-                    continue;
-                }
-            };
-            count += 1;
-            report.requests += 1;
-            let Some(out) = self.out.get_mut(done.slot).and_then(Option::take) else { continue };
-            match (done.status, out.kind) {
-                (Status::Ok, Kind::Out) => *self.generation(out.block) += 1,
-                (Status::Ok, _) => report.corrupted += u64::from(!self.check(done.slot, out.block)),
-                _ => report.failed += 1,
-            }
-        }
-    }
-
-    fn finish(&mut self, report: &mut Report) -> Result<()> {
-        if report.lost > 0 {
-            return Ok(());
-        }
-        for block in 0..self.generations.len() as u64 {
-            let generation = *self.generation(block);
-            let mut got = [0; BLOCK as usize];
-            self.disk.read(block * u64::from(BLOCK), &mut got)?;
-            let mut expected = [0; BLOCK as usize];
-            pattern(block, generation, self.seed, &mut expected);
-            report.corrupted += u64::from(generation > 0 && expected != got);
-        }
-        Ok(())
-    }
 }
 
 /// The next completion of a queue, counted. What completes and was not out is a duplicate.

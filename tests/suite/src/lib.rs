@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod disktools;
 pub mod escape;
 pub mod tracer;
 

@@ -14,9 +14,12 @@ mod suite {
     mod escapes;
     mod hostile;
     mod kills;
+    mod late_writes;
     mod migration;
     mod outside;
+    mod pipelines;
     mod protocol;
     mod qemu;
     mod stepped;
+    mod thrift;
 }

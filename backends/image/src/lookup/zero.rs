@@ -93,31 +93,48 @@ impl Lookup {
         if len == 0 {
             return Ok(());
         }
+        if let Some(image) = self.top_qcow2() {
+            let Node::Qcow2(image) = &*image else { return Err(Error::ReadOnly) };
+            let (first, last) = whole(image, offset, len);
+            if how == How::Discard && first >= last {
+                return image.check_writable();
+            }
+        } else if let Some(done) = self.change_raw(offset, len, how)? {
+            return Ok(done);
+        }
+        // Until the range is ours alone an overlay may come: which image it is, is known only then.
+        let _alone = self.exclude(offset, len)?;
+        let Some(node) = self.top_qcow2() else { return Err(Error::ReadOnly) };
+        let Node::Qcow2(image) = &*node else { return Err(Error::ReadOnly) };
+        image.check_writable()?;
+        match self.change_in(image, offset, len, how) {
+            Ok(()) => self.commit()?,
+            Err(error) => {
+                self.abort();
+                return Err(error);
+            }
+        }
+        image.settle(&self.image.ranges)
+    }
+
+    /// The top image, if it is qcow2.
+    fn top_qcow2(&self) -> Option<Arc<Node>> {
+        self.chain.nodes.first().filter(|node| matches!(***node, Node::Qcow2(_))).map(Arc::clone)
+    }
+
+    /// A range of a raw image, which is shared: the file system itself sees to it that bytes beside it stay as they are. `None`: there
+    /// is an overlay on it now.
+    fn change_raw(&mut self, offset: u64, len: u64, how: How) -> Result<Option<()>> {
+        let _range = self.share(offset, len)?;
+        self.refresh();
         let chain = Arc::clone(&self.chain);
         match chain.nodes.first().map(|node| &**node) {
-            // The file system itself sees to it that bytes beside the range stay as they are.
             Some(Node::Raw { file, writable: true, .. }) => {
                 let done = if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
-                done.map_err(Error::io("Cannot zero a range of the image"))
+                done.map(Some).map_err(Error::io("Cannot zero a range of the image"))
             }
-            Some(Node::Qcow2(image)) => {
-                image.check_writable()?;
-                let (first, last) = whole(image, offset, len);
-                if how == How::Discard && first >= last {
-                    return Ok(());
-                }
-                let _alone = self.exclude(offset, len)?;
-                let done = self.change_in(image, offset, len, how);
-                match done {
-                    Ok(()) => self.commit()?,
-                    Err(error) => {
-                        self.abort();
-                        return Err(error);
-                    }
-                }
-                image.settle(&self.image.ranges)
-            }
-            _ => Err(Error::ReadOnly),
+            Some(Node::Raw { .. }) | None => Err(Error::ReadOnly),
+            Some(Node::Qcow2(_)) => Ok(None),
         }
     }
 

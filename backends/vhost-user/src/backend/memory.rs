@@ -1,4 +1,7 @@
-//! The memory table: three requests that replace it, all only while no ring runs.
+//! The memory table, which stays as it is while a ring runs.
+//!
+//! Single regions may come and go at any time, as they do with a client that registers its buffers (libblkio) and with memory that is
+//! plugged in. The rings then rest for that moment: what was in hand is finished in the old memory, the rest is found in the new.
 
 use std::sync::Arc;
 
@@ -52,23 +55,22 @@ impl<D: Device> Backend<D> {
     }
 
     pub(super) fn add_memory_region(&mut self, message: &mut Message) -> Result<Answer> {
-        self.must_be_quiet(FrontendReq::ADD_MEM_REG)?;
         let Entry { guest_addr, size, user_addr, offset } = single(message)?;
         let fd = message.one_fd()?;
         let region = RegionFile { guest_addr, size, user_addr, offset, fd };
         let memory = self.connection.memory.with(region, self.trust).map_err(Error::Memory)?;
-        self.connection.memory = Arc::new(memory);
-        Ok(Answer::Done)
+        self.between(|connection| connection.memory = Arc::new(memory))
     }
 
     /// Frontends may send the region's descriptor along; it is closed with the message.
     pub(super) fn remove_memory_region(&mut self, message: &mut Message) -> Result<Answer> {
-        self.must_be_quiet(FrontendReq::REM_MEM_REG)?;
         let entry = single(message)?;
         let memory = self.connection.memory.without(entry.guest_addr, entry.size);
         let memory = memory.map_err(|error| refused(FrontendReq::REM_MEM_REG, &error.to_string()))?;
-        self.connection.memory = Arc::new(memory);
-        Ok(Answer::Done)
+        if !self.connection.rings.all_run_in(&memory) {
+            return Err(refused(FrontendReq::REM_MEM_REG, "a ring is running there"));
+        }
+        self.between(|connection| connection.memory = Arc::new(memory))
     }
 }
 

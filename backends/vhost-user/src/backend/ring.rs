@@ -7,7 +7,7 @@ use vhost::vhost_user::message::FrontendReq;
 use virtio::device::Device;
 use virtio::dirty::LOG_ALL;
 use virtio::inflight::Log;
-use virtio::memory::Trust;
+use virtio::memory::{Memory, Trust};
 use virtio::queue::{Config, MAX_SIZE, Queue, check_call, check_kick, check_socket};
 
 use super::{Answer, Backend, Connection, refused};
@@ -52,6 +52,12 @@ impl Rings {
 
     pub(super) fn any_running(&self) -> bool {
         self.0.iter().any(|ring| ring.running)
+    }
+
+    /// No running ring would lose its own place.
+    pub(super) fn all_run_in(&self, memory: &Memory) -> bool {
+        let there = |ring: &Ring| [ring.desc, ring.avail, ring.used].iter().all(|at| memory.guest_address(*at).is_some());
+        self.0.iter().filter(|ring| ring.running).all(there)
     }
 
     pub(super) fn indices(&self) -> impl Iterator<Item = u16> + use<> {

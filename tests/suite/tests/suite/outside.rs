@@ -19,11 +19,14 @@ fn servers(scratch: &Scratch) -> Vec<(Server, Vec<&'static str>)> {
         "anon_inode:[eventpoll]",
         "memfd:inflight",
     ];
-    let with = |more: &'static str| [plain.clone(), vec![more]].concat();
+    let with = |more: &[&'static str]| [plain.as_slice(), more].concat();
     vec![
         (Server::start("outboard-rng", scratch, &[]), plain.clone()),
-        (Server::start("outboard-blk", scratch, &["--blk-file", image.to_str().unwrap(), "--format", "raw"]), with("disk.img")),
-        (Server::start("outboard-console", scratch, &["--file", file.to_str().unwrap()]), with("console.log")),
+        (
+            Server::start("outboard-blk", scratch, &["--blk-file", image.to_str().unwrap(), "--format", "raw"]),
+            with(&["disk.img", "anon_inode:[io_uring]"]),
+        ),
+        (Server::start("outboard-console", scratch, &["--file", file.to_str().unwrap()]), with(&["console.log"])),
     ]
 }
 

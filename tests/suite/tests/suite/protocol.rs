@@ -77,14 +77,42 @@ fn a_running_ring_cannot_be_reconfigured() {
     assert!(refused(frontend.set_ring_base(0, 3)));
     let elsewhere = RingAddresses { desc: guest.ring().desc + 0x4000, ..guest.ring() };
     assert!(refused(frontend.set_ring_addresses(0, elsewhere)));
-    let other = RegionEntry { guest_addr: 1 << 30, ..guest.entry };
-    assert!(refused(frontend.add_memory_region(&other, guest.fd.as_fd())));
-    assert!(refused(frontend.remove_memory_region(&guest.entry)));
+    assert!(refused(frontend.remove_memory_region(&guest.entry)), "the ring is there");
     assert!(refused(frontend.set_memory_table(&[(guest.entry, guest.fd.as_fd())])));
     assert!(refused(frontend.set_features(PROTOCOL)));
     assert_eq!(frontend.ring_base(0, Duration::from_secs(5)).unwrap(), 0, "it was never disturbed");
     frontend.set_ring_size(0, 16).unwrap();
     frontend.remove_memory_region(&guest.entry).unwrap();
+}
+
+/// As libblkio does with its buffers, and QEMU with memory that is plugged in.
+#[test]
+fn memory_comes_and_goes_while_a_ring_runs() {
+    let scratch = Scratch::new();
+    let server = Server::start("outboard-rng", &scratch, &["--log-level", "error"]);
+    let (frontend, guest) = (greet(&server), Guest::new());
+    let kick = start(&frontend, &guest);
+    let plugged = Guest { entry: RegionEntry { guest_addr: 1 << 30, user_addr: 1 << 41, ..guest.entry }, ..Guest::new() };
+    for round in 1..=3u16 {
+        frontend.add_memory_region(&plugged.entry, plugged.fd.as_fd()).unwrap();
+        // One request for 64 bytes, in the memory that is new.
+        let at = (1u64 << 30) + 64 * u64::from(round);
+        let descriptor = [at.to_le_bytes(), [64, 0, 0, 0, 2, 0, 0, 0]].concat();
+        rustix::io::pwrite(&guest.fd, &descriptor, 0x1000).unwrap();
+        rustix::io::pwrite(&guest.fd, &round.to_le_bytes(), 0x2002).unwrap();
+        rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+        wait_for("the answer", || {
+            let mut used = [0; 2];
+            rustix::io::pread(&guest.fd, &mut used, 0x3002).unwrap();
+            (u16::from_le_bytes(used) == round).then_some(())
+        });
+        let mut bytes = [0; 64];
+        rustix::io::pread(&plugged.fd, &mut bytes, 64 * u64::from(round)).unwrap();
+        assert!(bytes.iter().filter(|byte| **byte == 0).count() < 48, "random bytes in the new memory");
+        assert!(refused(frontend.remove_memory_region(&guest.entry)), "the ring is there");
+        frontend.remove_memory_region(&plugged.entry).unwrap();
+    }
+    assert_eq!(frontend.ring_base(0, Duration::from_secs(5)).unwrap(), 3, "nothing was lost or done twice");
 }
 
 #[test]
