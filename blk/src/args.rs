@@ -121,6 +121,9 @@ pub struct Args {
     /// Most bytes in a second, and how many at once after a pause: BYTES or BYTES:BURST
     #[arg(long, value_name = "BYTES[:BURST]", value_parser = rate)]
     pub limit_bytes: Option<Rate>,
+    /// The limits of a group of disks, a page that their processes share: the first one sets them, as the flags above say
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub limit_fd: Option<RawFd>,
     /// Where to listen for commands: snapshot, reset, resize, limit, status
     #[arg(long, value_name = "PATH")]
     pub control_path: Option<PathBuf>,
@@ -172,7 +175,7 @@ impl Arguments for Args {
     }
 
     fn inherited(&self) -> Vec<RawFd> {
-        [self.control_fd, self.blk_fd, self.direct_fd].into_iter().flatten().collect()
+        [self.control_fd, self.blk_fd, self.direct_fd, self.limit_fd].into_iter().flatten().collect()
     }
 }
 

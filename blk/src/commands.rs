@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! A thread of its own listens, reads a line, does what it says, and answers with a line. One client at a time: changes of a disk come one
+//! The thread that has read the image listens, reads a line, does what it says, and answers with a line. One client at a time: changes of a disk come one
 //! after the other anyway. Who reaches the socket is trusted with the disk, but not with the process: lines have a greatest length,
 //! and whatever is not understood is answered with an error.
 //!

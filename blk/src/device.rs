@@ -14,10 +14,11 @@ use crate::commands::{Commands, Entrance};
 use crate::engine::Engine;
 use crate::engine::pool::{self, Jobs, Pool};
 use crate::engine::uring::Uring;
-use crate::image::Disk;
+use crate::image::{Afterwards, Disk};
+use crate::limit::Limits;
 use crate::queue::DiskQueue;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use crate::sandbox::{COMMANDS, POOL, THREAD};
+use crate::sandbox::{POOL, THREAD};
 use crate::shared::Shared;
 use crate::topology;
 use crate::volume::Volume;
@@ -69,9 +70,9 @@ impl Blk {
     ///
     /// # Errors
     /// When one cannot be started.
-    pub fn new(disk: &Arc<Disk>, engines: Engines, config: &Config, confined: &Confined) -> Result<Blk> {
-        let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities()));
-        shared.limits.set(config.operations, config.bytes);
+    pub fn new(disk: &Arc<Disk>, engines: Engines, limits: Limits, config: &Config, confined: &Confined) -> Result<Blk> {
+        limits.begin(config.operations, config.bytes);
+        let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities(), limits));
         // Asked once, before there are filters.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let mut workers = Vec::new();
@@ -90,13 +91,10 @@ impl Blk {
         Ok(Blk { workers: Workers::new(workers), shared, config: space, queues: config.queues, negotiated: 0 })
     }
 
-    /// Starts the thread that obeys whoever comes in there.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn obey(&self, entrance: Entrance, disk: &Arc<Disk>, confined: &Confined) -> Result<()> {
+    /// Obeys whoever comes in there, on the thread that has read the image.
+    pub fn obey(&self, entrance: Entrance, disk: &Arc<Disk>, thread: Afterwards) {
         let commands = Commands::new(Arc::clone(disk), Arc::clone(&self.shared));
-        confined.spawn(COMMANDS, "commands".to_owned(), move || commands.run(&entrance))
+        thread.run(move || commands.run(&entrance));
     }
 
     fn features(&self) -> u64 {

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
@@ -22,6 +22,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use daemon::Confined;
 use image::{Create, FileId, FileStorage, Format, Image, Info, Layer, Options, Storage, create};
+use rustix::event::poll;
 use rustix::fs::{Mode, OFlags, open};
 use sandbox::lock_file;
 
@@ -29,7 +30,7 @@ use crate::args::{Config, Place};
 use crate::direct::Alignment;
 use crate::engine::File;
 use crate::request::SECTOR;
-use crate::sandbox::READER;
+use crate::sandbox::IMAGE;
 use crate::shared::Abilities;
 use crate::topology::{self, Topology};
 
@@ -109,15 +110,39 @@ impl Files {
         (topology, None, Abilities { read_only: config.read_only, ..Abilities::default() })
     }
 
-    /// Reads what they say, on a thread that may do nothing else.
+    /// Reads what they say, on a thread that may do little else.
     ///
     /// # Errors
     /// When it is no image, or none that can be used so.
-    pub fn read(self, config: &Config, confined: &Confined) -> Result<Disk> {
-        let (tell, news) = channel();
+    pub fn read(self, config: &Config, confined: &Confined) -> Result<(Disk, Afterwards)> {
+        let ((tell, news), (send, tasks)) = (channel(), channel::<Task>());
         let config = config.clone();
-        confined.spawn(READER, "image".to_owned(), move || drop(tell.send(Disk::of(self, &config))))?;
-        news.recv().context("The image was not read to its end")?
+        confined.spawn(IMAGE, "image".to_owned(), move || {
+            if tell.send(Disk::of(self, &config)).is_ok()
+                && let Ok(task) = tasks.recv()
+            {
+                task();
+            }
+            // A thread's end takes system calls that nothing else needs.
+            loop {
+                let _interrupted = poll(&mut [], None);
+            }
+        })?;
+        let disk = news.recv().context("The image was not read to its end")??;
+        Ok((disk, Afterwards(send)))
+    }
+}
+
+type Task = Box<dyn FnOnce() + Send>;
+
+/// The thread that has read the image, for what there is to do with it while it is in use.
+#[derive(Debug)]
+pub struct Afterwards(Sender<Task>);
+
+impl Afterwards {
+    /// What it does from now on.
+    pub fn run(self, task: impl FnOnce() + Send + 'static) {
+        let _it_never_ends = self.0.send(Box::new(task));
     }
 }
 

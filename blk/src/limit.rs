@@ -8,12 +8,15 @@
 //! waits for it. (This is a token bucket with the tokens written as time.)
 //!
 //! The rates may change at any moment, from the control thread. A *group* of disks shares one set of these numbers, in memory that the
-//! composer gives to each of their processes.
+//! composer gives to each of their processes (`--limit-fd`). The first of them sets the rates, and none that is started later sets them
+//! again. A process that is no longer ours can write there what it likes: the worst is that disks of its own group are slow, or
+//! not limited.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
+use virtio::words::Words;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -30,13 +33,20 @@ pub struct Rate {
 }
 
 /// One limit.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Limit {
-    per_second: AtomicU64,
+    per_second: &'static AtomicU64,
     /// Nanoseconds.
-    burst: AtomicU64,
+    burst: &'static AtomicU64,
     /// Up to when it is paid, in nanoseconds of [`now`].
-    paid: AtomicU64,
+    paid: &'static AtomicU64,
+}
+
+impl Default for Limit {
+    fn default() -> Limit {
+        let own = || -> &'static AtomicU64 { Box::leak(Box::default()) };
+        Limit { per_second: own(), burst: own(), paid: own() }
+    }
 }
 
 impl Limit {
@@ -84,17 +94,36 @@ fn cost(amount: u64, per_second: u64) -> u64 {
     u64::try_from(u128::from(amount) * u128::from(SECOND) / u128::from(per_second.max(1))).unwrap_or(u64::MAX)
 }
 
-/// The limits of a disk.
+/// The limits of a disk, or of a group of them.
 #[derive(Debug, Default)]
 pub struct Limits {
     operations: Limit,
     bytes: Limit,
+    /// Of a group: not zero when somebody has set them.
+    set: Option<&'static AtomicU64>,
 }
 
 impl Limits {
-    /// Sets both. Also finds out how the time is told, which takes a system call that filters forbid: the first use is before them.
-    pub fn set(&self, operations: Rate, bytes: Rate) {
+    /// Those of a group.
+    pub fn of_group([set, ops, ops_burst, ops_paid, bytes, bytes_burst, bytes_paid]: Words<7>) -> Limits {
+        Limits {
+            operations: Limit { per_second: ops, burst: ops_burst, paid: ops_paid },
+            bytes: Limit { per_second: bytes, burst: bytes_burst, paid: bytes_paid },
+            set: Some(set),
+        }
+    }
+
+    /// Sets both at the start of a process, unless it has joined a group that has its limits. Also finds out how the time is told,
+    /// which takes a system call that filters forbid: the first use is before them.
+    pub fn begin(&self, operations: Rate, bytes: Rate) {
         let _the_time_does_not_matter = now();
+        if self.set.is_none_or(|set| set.swap(1, Ordering::AcqRel) == 0) {
+            self.set(operations, bytes);
+        }
+    }
+
+    /// Sets both.
+    pub fn set(&self, operations: Rate, bytes: Rate) {
         self.operations.set(operations);
         self.bytes.set(bytes);
     }
@@ -166,6 +195,23 @@ mod tests {
         assert_eq!(limit.wait(1), 5 * SECOND - SECOND / 10);
         limit.set(Rate { per_second: 1000, burst: 100 });
         assert_eq!(limit.wait(1), 0, "a new rate begins anew");
+    }
+
+    #[test]
+    fn a_group_is_limited_together_and_its_first_member_says_how() {
+        let file = virtio::words::make("limits").unwrap();
+        let member = || Limits::of_group(virtio::words::map(file.try_clone().unwrap()).unwrap());
+        let (one, other) = (member(), member());
+        let (slow, fast) = (Rate { per_second: 10, burst: 1 }, Rate { per_second: 1000, burst: 1 });
+        one.begin(slow, Rate::default());
+        other.begin(fast, Rate::default());
+        assert_eq!(other.rates().0, slow);
+        assert_eq!(other.wait(), None);
+        one.pay(1);
+        one.pay(1);
+        assert!(other.wait().is_some(), "what one has used the other has not");
+        other.set(fast, Rate::default());
+        assert_eq!(one.rates().0, fast);
     }
 
     #[test]

@@ -3,10 +3,12 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context;
 use blk::args::{Args, Config};
 use blk::commands::Entrance;
 use blk::device::{Blk, Engines};
 use blk::image::Files;
+use blk::limit::Limits;
 use blk::metrics;
 use blk::sandbox::POLICY;
 use vhost_user::Backend;
@@ -19,11 +21,13 @@ fn main() -> ExitCode {
         let engines = Engines::open(&config)?;
         virtio::metrics::publish_with(startup.metrics()?, &metrics::ALL, &metrics::TIMES, config.queues)?;
         let entrance = entrance(&startup)?;
+        let limits = limits(&startup)?;
         let confined = startup.confine()?;
-        let disk = Arc::new(files.read(&config, &confined)?);
-        let device = Blk::new(&disk, engines, &config, &confined)?;
+        let (disk, afterwards) = files.read(&config, &confined)?;
+        let disk = Arc::new(disk);
+        let device = Blk::new(&disk, engines, limits, &config, &confined)?;
         if let Some(entrance) = entrance {
-            device.obey(entrance, &disk, &confined)?;
+            device.obey(entrance, &disk, afterwards);
         }
         let mut backend = Backend::new(device, trust)?;
         let code = confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))?;
@@ -31,6 +35,15 @@ fn main() -> ExitCode {
         disk.close()?;
         Ok(code)
     })
+}
+
+/// Its own limits, or those of its group.
+fn limits(startup: &daemon::Startup<Args>) -> anyhow::Result<Limits> {
+    let Some(fd) = startup.args().limit_fd else {
+        return Ok(Limits::default());
+    };
+    let words = virtio::words::map(startup.inherited(fd)?).context("Cannot share the limits of a group")?;
+    Ok(Limits::of_group(words))
 }
 
 /// Where commands come in, if they may.

@@ -228,6 +228,7 @@ impl DiskQueue {
     fn sync(&mut self, ticket: Ticket) -> io::Result<()> {
         let id = self.job(ticket).id(ticket);
         let Some(file) = self.volume.top() else { return Ok(()) };
+        self.shared.nothing_lost()?;
         self.engine.begin(id, &file, Work::Sync)?;
         self.job(ticket).awaits(Move::nothing(file));
         Ok(())
@@ -266,7 +267,12 @@ impl DiskQueue {
                     let rest = held(ticket).map(|chain| what.rest(chain, done));
                     job.note(rest.unwrap_or_else(|| Err(ErrorKind::NotFound.into())));
                 }
-                Moved::Failed(error) => job.note(Err(error)),
+                Moved::Failed(error) => {
+                    if job.is_sync(piece) {
+                        self.shared.lost();
+                    }
+                    self.job(ticket).note(Err(error));
+                }
             }
             if self.advance(ticket) {
                 self.finished.push(ticket);

@@ -26,36 +26,22 @@ const QUEUE: &[Rule] = &[
     allow(libc::SYS_fallocate, "discards and zeroes"),
 ];
 
-/// The role of the thread that obeys the disk's owner.
-pub const COMMANDS: &str = "commands";
+/// The role of the thread that reads what the image says, and then obeys the disk's owner.
+pub const IMAGE: &str = "image";
 
 const OBEY: &[Rule] = &[
+    allow(libc::SYS_fstat, "how long an image is"),
+    allow(libc::SYS_lseek, "how long a block device is"),
+    allow(libc::SYS_preadv2, "an image's tables"),
+    allow(libc::SYS_pwritev2, "an image's tables: one that was not closed is repaired"),
+    allow(libc::SYS_fallocate, "an image's space"),
+    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
+    allow(libc::SYS_ftruncate, "images that grow"),
     allow(libc::SYS_accept4, "whoever has a command"),
     allow(libc::SYS_recvmsg, "commands, with the overlays they bring"),
     allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_OFD_SETLK as u32)], "locking an overlay"),
     allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)], "two uses of an overlay"),
-    allow(libc::SYS_fstat, "looking at an overlay, and how long an image is"),
     allow(libc::SYS_sendmsg, "telling the frontend that the disk has grown"),
-    allow(libc::SYS_preadv2, "an image's tables"),
-    allow(libc::SYS_pwritev2, "an image's tables"),
-    allow(libc::SYS_fallocate, "an image's space"),
-    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
-    allow(libc::SYS_ftruncate, "images that grow"),
-];
-
-/// The role of the thread that reads what the image says, and ends.
-pub const READER: &str = "image";
-
-const READ: &[Rule] = &[
-    allow(libc::SYS_fstat, "how long an image is"),
-    allow(libc::SYS_lseek, "how long a block device is"),
-    allow(libc::SYS_preadv2, "an image's tables"),
-    allow(libc::SYS_pwritev2, "an image that was not closed is repaired; an overlay is begun"),
-    allow(libc::SYS_fallocate, "space that an unclean image has lost"),
-    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
-    allow(libc::SYS_ftruncate, "an image that ends within a cluster"),
-    allow(libc::SYS_madvise, "the thread's end"),
-    allow(libc::SYS_exit, "the thread's end"),
 ];
 
 const CLOSE: &[Rule] = &[
@@ -77,13 +63,8 @@ pub const POLICY: Policy = Policy {
     name: "outboard-blk",
     limits: Limits {
         descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
-        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 4,
+        threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 3,
     },
     control: &[RUNTIME, PROTOCOL, CLOSE],
-    threads: &[
-        (THREAD, &[RUNTIME, RINGS, QUEUE]),
-        (POOL, &[RUNTIME, DISK]),
-        (COMMANDS, &[RUNTIME, OBEY]),
-        (READER, &[RUNTIME, READ]),
-    ],
+    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK]), (IMAGE, &[RUNTIME, OBEY])],
 };

@@ -1,5 +1,6 @@
 //! What the control thread and the threads of the queues both know.
 
+use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -20,6 +21,8 @@ pub struct Shared {
     /// The driver's choice: it flushes what has to last. Otherwise every write lasts.
     writes_back: AtomicBool,
     bytes: AtomicU64,
+    /// A flush has failed.
+    lost: AtomicBool,
     secure_erase: bool,
     lifetime: Option<[u8; LIFETIME]>,
     /// How much it may be used.
@@ -41,7 +44,13 @@ pub struct Abilities {
 
 impl Shared {
     /// For a disk of so many bytes.
-    pub fn new(bytes: u64, serial: [u8; SERIAL], direct: Option<Alignment>, abilities: Abilities) -> Shared {
+    pub fn new(
+        bytes: u64,
+        serial: [u8; SERIAL],
+        direct: Option<Alignment>,
+        abilities: Abilities,
+        limits: limit::Limits,
+    ) -> Shared {
         let Abilities { read_only, secure_erase, lifetime } = abilities;
         let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
         Shared {
@@ -50,9 +59,10 @@ impl Shared {
             read_only,
             writes_back,
             bytes,
+            lost: AtomicBool::new(false),
             secure_erase,
             lifetime,
-            limits: limit::Limits::default(),
+            limits,
             host: OnceLock::new(),
         }
     }
@@ -93,6 +103,19 @@ impl Shared {
     /// The driver has chosen.
     pub fn write_back(&self, yes: bool) {
         self.writes_back.store(yes, Ordering::Relaxed);
+    }
+
+    /// A flush has failed: what was written before it may be lost.
+    pub fn lost(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    /// No flush has failed. The kernel tells of a lost write once, and forgets it: the next flush would succeed without it.
+    ///
+    /// # Errors
+    /// When one has.
+    pub fn nothing_lost(&self) -> io::Result<()> {
+        if self.lost.load(Ordering::Relaxed) { Err(io::Error::other("An earlier flush has failed")) } else { Ok(()) }
     }
 
     /// How worn the host's device is; zeroes if it does not tell.

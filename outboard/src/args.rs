@@ -87,7 +87,7 @@ Examples:
 
 const DISK: &str = "\
 A disk: path=PATH[,format=raw|qcow2][,backing=FORMAT:PATH]...[,data-file=PATH][,readonly][,ephemeral[=DIR]][,cache=page|direct]\
-[,engine=auto|io-uring|threads][,limit-ops=N[:BURST]][,limit-bytes=SIZE[:BURST]][,queues=N][,serial=TEXT]";
+[,engine=auto|io-uring|threads][,limit-ops=N[:BURST]][,limit-bytes=SIZE[:BURST]][,limit-group=NAME][,queues=N][,serial=TEXT]";
 
 /// A machine in flags.
 #[derive(Debug, Default, clap::Args)]

@@ -81,6 +81,17 @@ pub struct Device {
     pub backend: Backend,
 }
 
+impl Device {
+    /// The disk, if it is one that a process of ours serves.
+    #[must_use]
+    pub fn disk(&self) -> Option<&Disk> {
+        match &self.backend {
+            Backend::Process(program) => program.disk.as_deref(),
+            Backend::Socket(_) => None,
+        }
+    }
+}
+
 /// What kind of device the guest sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Class {

@@ -17,6 +17,7 @@
 //! | [`worker`] | the loop of a thread that serves queues, and the hand-over of a queue to it and back | worker and control thread, by messages |
 //! | [`device`] | the contract between a device and whoever drives it | - |
 //! | [`metrics`] | counters | any thread |
+//! | [`words`] | numbers that processes share | any thread of any of them |
 //!
 //! The way of one request: [`Queue::pop`] fetches a chain and notes its head in the log; the device turns its bytes into a
 //! checked request, moves data, and calls [`Queue::complete`] with the token; after the batch [`Queue::publish`] advances the
@@ -34,6 +35,7 @@ pub mod inflight;
 pub mod memory;
 pub mod metrics;
 pub mod queue;
+pub mod words;
 pub mod worker;
 
 pub use chain::{Buffer, Chain, OwnedBuffer};

@@ -77,6 +77,11 @@ impl Job {
         }
     }
 
+    /// Whether an operation moves no data.
+    pub(super) fn is_sync(&self, piece: usize) -> bool {
+        self.moves.get(piece).is_some_and(|what| what.len == 0)
+    }
+
     /// How a part of it ended.
     pub(super) fn note(&mut self, outcome: io::Result<()>) {
         let Err(error) = outcome else { return };

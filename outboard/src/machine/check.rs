@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use super::disk::Disk;
+use super::disk::{self, Disk};
 use super::schema::MOST_CPUS;
 use super::{Backend, Machine, Stdio, size};
 use crate::usage;
@@ -55,6 +55,8 @@ pub fn all(machine: &Machine) -> Vec<(String, anyhow::Error)> {
             _ => {}
         }
     }
+    let disks = machine.devices.iter().filter_map(|device| Some((device.name.as_str(), device.disk()?)));
+    wrong.extend(disk::check_groups(disks).err());
     wrong
 }
 

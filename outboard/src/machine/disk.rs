@@ -1,5 +1,6 @@
 //! A disk: the images it is made of, and how it is used.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,7 @@ use anyhow::Result;
 
 use super::{Backend, Class, Device, Program, Stdio, size};
 use crate::args::ImageFormat;
+use crate::error::Usage;
 use crate::usage;
 
 /// Where what is written to an ephemeral disk goes: on a disk, where there is room for it. The machine's own directory lies in memory.
@@ -67,6 +69,8 @@ pub struct Disk {
     pub engine: Option<String>,
     /// How much it may be used.
     pub limits: Limits,
+    /// With which other disks it shares that.
+    pub limit_group: Option<String>,
     /// Request queues.
     pub queues: Option<u16>,
     /// What the guest reads as the disk's serial number.
@@ -139,6 +143,22 @@ impl Limits {
     }
 }
 
+/// Whether the disks of each group agree on what they share. The error has the name of the one that does not.
+pub fn check_groups<'a>(disks: impl Iterator<Item = (&'a str, &'a Disk)>) -> Result<(), (String, anyhow::Error)> {
+    let mut groups: BTreeMap<&str, (&str, Limits)> = BTreeMap::new();
+    for (name, disk) in disks {
+        let Some(group) = &disk.limit_group else { continue };
+        let (first, limits) = groups.entry(group).or_insert((name, disk.limits));
+        if *limits != disk.limits {
+            let says = format!(
+                "The disks `{first}` and `{name}` share the limits of the group `{group}`, but have different ones: give them the same"
+            );
+            return Err((name.to_owned(), Usage(says).into()));
+        }
+    }
+    Ok(())
+}
+
 /// `N[:BURST]`, each a number.
 pub fn operations(text: &str) -> Result<Rate> {
     rate(text, |text| match text.parse() {
@@ -182,6 +202,17 @@ mod tests {
         assert!(says(Disk { data_file: Some("/x".into()), ..ephemeral }).contains("cannot be `ephemeral`"));
         let limits = Limits { bytes: Rate { per_second: 0, burst: 1 }, ..Limits::default() };
         assert!(says(Disk { limits, ..disk(&[raw]) }).contains("no `limit-bytes`"));
+    }
+
+    #[test]
+    fn disks_of_a_group_have_the_same_limits() {
+        let limits = |per_second| Limits { operations: Rate { per_second, burst: 0 }, ..Limits::default() };
+        let member = |rate| Disk { limit_group: Some("slow".into()), limits: limits(rate), ..disk(&[ImageFormat::Raw]) };
+        let (a, b, c) = (member(5), member(5), member(6));
+        assert!(check_groups([("a", &a), ("b", &b)].into_iter()).is_ok());
+        let (about, error) = check_groups([("a", &a), ("c", &c)].into_iter()).unwrap_err();
+        let says = "The disks `a` and `c` share the limits of the group `slow`, but have different ones: give them the same";
+        assert_eq!((about.as_str(), error.to_string().as_str()), ("c", says));
     }
 
     #[test]

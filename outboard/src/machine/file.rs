@@ -151,6 +151,7 @@ fn disk(table: &Values, dir: &Path) -> Device {
             operations: Rate { per_second: count("limit-ops"), burst: count("limit-ops-burst") },
             bytes: Rate { per_second: bytes("limit-bytes"), burst: bytes("limit-bytes-burst") },
         },
+        limit_group: table.text("limit-group"),
         queues: queues(table),
         serial: table.text("serial"),
     }

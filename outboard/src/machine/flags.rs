@@ -65,6 +65,7 @@ fn disk_device(text: &str, index: usize, dir: &Path) -> Result<Device> {
             ("engine", Some(word @ ("auto" | "io-uring" | "threads"))) => disk.engine = Some(word.to_owned()),
             ("limit-ops", Some(value)) => disk.limits.operations = about(text, disk::operations(value))?,
             ("limit-bytes", Some(value)) => disk.limits.bytes = about(text, disk::bytes(value))?,
+            ("limit-group", Some(value)) => disk.limit_group = Some(value.to_owned()),
             ("cache" | "engine", Some(value)) => usage!("--disk {text}: Unknown value `{value}`; see outboard run --help"),
             ("readonly", None) => disk.readonly = true,
             ("queues", Some(value)) => disk.queues = Some(number(value, "--disk", text)?),
@@ -91,6 +92,7 @@ const DISK_KEYS: &[&str] = &[
     "engine",
     "limit-ops",
     "limit-bytes",
+    "limit-group",
     "readonly",
     "queues",
     "serial",
@@ -196,12 +198,12 @@ mod tests {
     #[test]
     fn a_disk_in_flags_with_everything() {
         let text = "path=t,format=qcow2,backing=qcow2:m,backing=raw:/b,ephemeral=s,cache=direct,engine=threads,\
-                    limit-ops=9:20,limit-bytes=1M";
+                    limit-ops=9:20,limit-bytes=1M,limit-group=g";
         let device = disk_device(text, 0, Path::new("/w")).unwrap();
         let Backend::Process(Program { args, disk: Some(disk), .. }) = device.backend else { panic!("a disk is a process") };
         assert_eq!(args, ["--direct", "--engine", "threads"]);
         assert_eq!(disk.files().collect::<Vec<_>>(), [Path::new("/w/t"), Path::new("/w/m"), Path::new("/b")]);
-        assert_eq!(disk.ephemeral.as_deref(), Some(Path::new("/w/s")));
+        assert_eq!((disk.ephemeral.as_deref(), disk.limit_group.as_deref()), (Some(Path::new("/w/s")), Some("g")));
         assert_eq!((disk.limits.operations.argument(), disk.limits.bytes.argument()), ("9:20".into(), "1048576".into()));
         let Backend::Process(Program { disk: Some(disk), .. }) =
             disk_device("path=t,format=qcow2,data-file=d,ephemeral,cache=page", 0, Path::new("/w")).unwrap().backend

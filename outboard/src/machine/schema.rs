@@ -186,6 +186,12 @@ pub const TABLES: [Table; 5] = [
             ),
             key("limit-bytes", Kind::Size, "most bytes in a second", Without::Words("no limit")),
             key("limit-bytes-burst", Kind::Size, "so many at once after a pause", Without::Words("a tenth of a second's")),
+            key(
+                "limit-group",
+                Kind::Text(Some(40)),
+                "a name: all disks with this one are limited together, and say the same limits",
+                Without::Words("limits of its own"),
+            ),
             key("readonly", Kind::Bool, "the guest cannot write", Without::Default("false")),
             key("queues", Kind::Number(1, 64), "each with a thread", Without::Default("1")),
             key("serial", Kind::Text(Some(20)), "the serial number the guest reads", Without::Words("empty")),

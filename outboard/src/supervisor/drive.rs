@@ -19,14 +19,16 @@
 mod job;
 mod line;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
+use virtio::words;
 
 use self::job::Job;
 use self::line::Line;
@@ -48,6 +50,8 @@ pub struct Drive<'a> {
     /// What is written to an ephemeral disk.
     scratch: Option<File>,
     limits: Limits,
+    /// The page with the limits of its group.
+    group: Option<Rc<OwnedFd>>,
     line: Option<Line>,
     jobs: VecDeque<Job>,
     done: Vec<(Ticket, Answer)>,
@@ -79,10 +83,28 @@ impl<'a> Drive<'a> {
             images: disk.images.clone(),
             scratch: None,
             limits: disk.limits,
+            group: None,
             line: None,
             jobs: VecDeque::new(),
             done: Vec::new(),
         }
+    }
+
+    /// Gives each group of disks the page with the limits that they share.
+    pub fn join_groups<'b>(drives: impl Iterator<Item = &'b mut Self>) -> Result<()>
+    where
+        'a: 'b,
+    {
+        let mut groups: BTreeMap<&str, Rc<OwnedFd>> = BTreeMap::new();
+        for drive in drives {
+            let Some(name) = &drive.disk.limit_group else { continue };
+            if !groups.contains_key(name.as_str()) {
+                let page = words::make("limits").with_context(|| format!("Cannot make the limits of the group `{name}`"))?;
+                groups.insert(name, Rc::new(page));
+            }
+            drive.group = groups.get(name.as_str()).cloned();
+        }
+        Ok(())
     }
 
     /// What a new process is to be given, with descriptors from this number on.
@@ -96,6 +118,10 @@ impl<'a> Drive<'a> {
             if rate.per_second != 0 {
                 handed.args.extend([flag.into(), rate.argument().into()]);
             }
+        }
+        if let Some(page) = &self.group {
+            // They are set already, unless this is the first of the group.
+            handed.descriptor("--limit-fd", page.try_clone().context("Cannot share the limits of a group")?, first);
         }
         self.line = Some(ours);
         self.go();

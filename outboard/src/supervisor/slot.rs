@@ -58,13 +58,9 @@ pub struct Slot<'a> {
 impl<'a> Slot<'a> {
     /// Not started yet.
     pub fn new(device: &'a Device) -> Self {
-        let disk = match &device.backend {
-            Backend::Process(program) => program.disk.as_deref(),
-            Backend::Socket(_) => None,
-        };
         Self {
             device,
-            drive: disk.map(|disk| Drive::new(&device.name, disk)),
+            drive: device.disk().map(|disk| Drive::new(&device.name, disk)),
             process: None,
             state: None,
             served: false,

@@ -11,6 +11,7 @@ use rustix::process::getpid;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use sandbox::{Filter, NetNamespace};
 
+use super::drive::Drive;
 use super::ending::{End, Wanted};
 use super::process::{Order, Process};
 use super::programs::{Programs, VMM};
@@ -125,6 +126,7 @@ struct Parts {
 fn supervise(machine: &Machine, parts: Parts, args: &Run) -> Result<End> {
     let Parts { programs, net, signals, control, metrics, events } = parts;
     let mut slots: Vec<Slot<'_>> = machine.devices.iter().map(Slot::new).collect();
+    Drive::join_groups(slots.iter_mut().filter_map(|slot| slot.drive.as_mut()))?;
     let mut connections = Vec::new();
     for slot in &mut slots {
         connections.push(slot.start(machine, &programs, &net)?);

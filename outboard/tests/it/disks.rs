@@ -146,6 +146,31 @@ fn limits_outlive_a_process_and_what_is_not_given_stays() {
 }
 
 #[test]
+fn the_disks_of_a_group_share_a_page() {
+    let limited = "limit-ops = 50\nlimit-group = \"slow\"\n";
+    let [a, b] = ["a", "b"].map(|name| format!("[disk.{name}]\npath = \"disk.img\"\nreadonly = true\n"));
+    let machine = Machine::new().file(&format!("{DISK}{a}{limited}{b}{limited}"));
+    let running = machine.start();
+    let page = |role: &str| {
+        let words = fs::read_to_string(format!("/proc/{}/cmdline", running.pid(role))).unwrap().replace('\0', " ");
+        let number = words.split("--limit-fd ").nth(1)?.split(' ').next()?.to_owned();
+        let page = fs::metadata(format!("/proc/{}/fd/{number}", running.pid(role))).unwrap();
+        Some(std::os::unix::fs::MetadataExt::ino(&page))
+    };
+    assert!(page("a").is_some());
+    assert_eq!((page("a"), page("root")), (page("b"), None));
+    machine.run(&["stop", "web"]);
+    running.end();
+    let wrong = Machine::new().file(&format!("{DISK}limit-group = \"slow\"\n{b}{limited}"));
+    let outcome = wrong.run(&["check", "web.toml"]);
+    assert!(
+        outcome.stderr.contains("web.toml:7: The disks `root` and `b` share the limits of the group `slow`"),
+        "{}",
+        outcome.stderr
+    );
+}
+
+#[test]
 fn what_cannot_be_done_is_said() {
     let machine = Machine::new().file(&format!("{DISK}[disk.fixed]\npath = \"disk.img\"\nreadonly = true\n[rng.entropy]\n"));
     let running = machine.start();

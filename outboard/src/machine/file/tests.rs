@@ -66,6 +66,7 @@ limit-ops = 100
 limit-ops-burst = 500
 limit-bytes = "1M"
 limit-bytes-burst = "4M"
+limit-group = "slow"
 queues = 2
 serial = "S"
 [disk.data]
@@ -82,7 +83,7 @@ data-file = "d.raw"
     assert_eq!(args, ["--direct", "--engine", "threads", "--num-queues", "2", "--serial", "S"]);
     let paths: Vec<&Path> = root.files().collect();
     assert_eq!(paths, [Path::new("/vm/top.qcow2"), Path::new("/vm/middle.qcow2"), Path::new("/base.img")]);
-    assert_eq!(root.ephemeral.as_deref(), Some(Path::new("/vm/scratch")));
+    assert_eq!((root.ephemeral.as_deref(), root.limit_group.as_deref()), (Some(Path::new("/vm/scratch")), Some("slow")));
     assert_eq!((root.limits.operations.argument(), root.limits.bytes.argument()), ("100:500".into(), "1048576:4194304".into()));
     assert_eq!(disk(1).1.data_file.as_deref(), Some(Path::new("/vm/d.raw")));
     let wrong = "[machine]\nkernel = \"k\"\n[disk.a]\npath = \"x\"\nformat = \"qcow2\"\nbacking = [{ path = \"b\" }]\n";

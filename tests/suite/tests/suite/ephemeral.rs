@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use probe::blk::{Disk, Kind, Status};
 use probe::device::Shape;
@@ -45,7 +46,7 @@ fn an_ephemeral_disk_begins_as_its_image_is_and_leaves_it_so() {
 
 /// A disk process that gets its image under a number, from a shell.
 fn with_descriptor(scratch: &Scratch, image: &Path, flags: &str) -> (Child, UnixStream) {
-    let socket = scratch.path("disk.sock");
+    let socket = scratch.path(&format!("{}.sock", image.file_stem().unwrap().display()));
     let _gone = fs::remove_file(&socket);
     let script = format!("exec \"$1\" --socket-path \"$2\" {flags} 8<>\"$3\" 9<>\"$3\"");
     let mut command = Command::new("sh");
@@ -94,5 +95,31 @@ fn descriptors_and_flags_that_do_not_fit_are_refused() {
         let outcome = command.stdin(Stdio::null()).output().unwrap();
         let err = String::from_utf8_lossy(&outcome.stderr).into_owned();
         assert!(!outcome.status.success() && err.contains(says), "{flags}: {err}");
+    }
+}
+
+#[test]
+fn disks_of_a_group_are_limited_together() {
+    let scratch = Scratch::new();
+    let page = scratch.image("page", 4096);
+    let mut members = Vec::new();
+    for (name, ops) in [("one", "40:20"), ("other", "1000000")] {
+        let image = scratch.image(name, 1 << 20);
+        // The limits of the first count; those of the other would be none.
+        let flags = format!("--limit-fd 7 --limit-ops {ops} --blk-fd 8 --format raw 7<>\"{}\"", page.display());
+        let (child, stream) = with_descriptor(&scratch, &image, &flags);
+        members.push((child, Disk::open(stream, Shape::default(), 4, 4096, 1).unwrap()));
+    }
+    let began = Instant::now();
+    for (_, disk) in &mut members {
+        for sector in 0..20 {
+            read(disk, sector);
+        }
+    }
+    // Twenty at once and twenty in half a second; each for itself, all forty would be at once.
+    assert!(began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
+    for (mut child, _) in members {
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
