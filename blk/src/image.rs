@@ -403,7 +403,7 @@ fn scratch(dir: &Path, config: &Config) -> Result<Opened> {
             config.direct.then(|| open(own, OFlags::CLOEXEC | OFlags::RDWR | OFlags::DIRECT, Mode::empty())).transpose()?;
         Opened::locked(file.into(), past, false, access)
     };
-    made().with_context(|| format!("Cannot make a file in {} for what is written to the ephemeral disk", dir.display()))
+    made().with_context(|| format!("Cannot make an overlay in {} for what is written to the ephemeral disk", dir.display()))
 }
 
 /// Makes an empty file an overlay on an image.
