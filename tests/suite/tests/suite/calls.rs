@@ -3,6 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -12,6 +16,7 @@ use std::thread;
 use probe::blk::{Disk, Kind, Status};
 use probe::device::{Device, Shape};
 use probe::ring::Buffer;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 use suite::tracer::{Filters, Tracer, can_trace};
 use suite::{Scratch, Server, program, root, run, wait_for};
@@ -135,17 +140,51 @@ fn a_disk_makes_every_call_it_may_make() {
     }
     for (engine, thread) in [("io-uring", "queue"), ("threads", "disk")] {
         let mut made = Default::default();
-        for (format, direct) in [("raw", None), ("raw", Some("--direct")), ("qcow2", None)] {
-            a_disk(format, engine, direct, &mut made);
+        for (format, direct, owned) in
+            [("raw", None, false), ("raw", Some("--direct"), false), ("qcow2", None, false), ("qcow2", None, true)]
+        {
+            a_disk([format, engine], direct, owned, &mut made);
         }
         // The control thread reads when it closes an image whose reference counts have left the cache by then, and a queue asks for
         // the length of an image that could not grow.
         all_made("outboard-blk", thread, &made, &["preadv2", "fstat"]);
+        // The thread that reads the image does so before anybody can look at it; only a block device has a length to be sought.
+        all_made("outboard-blk", "image", &made, &["preadv2", "lseek"]);
+    }
+}
+
+/// Tells a disk something, perhaps with an overlay, and gives its answer.
+fn tell(control: &Path, line: &str, overlay: Option<&fs::File>) -> String {
+    let mut stream = UnixStream::connect(control).unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut with = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = overlay.iter().map(|file| file.as_fd()).collect();
+    if !fds.is_empty() {
+        with.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    sendmsg(&stream, &[IoSlice::new(line.as_bytes()), IoSlice::new(b"\n")], &mut with, SendFlags::NOSIGNAL).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// An overlay, a new size.
+fn owner(scratch: &Scratch, control: &Path) {
+    let overlay = scratch.path("overlay.qcow2");
+    let words = ["image", "create", "--format", "qcow2", "--backing", "disk.img", "--backing-format", "qcow2"];
+    assert_eq!(run(Command::new(program("outboard")).args(words).arg(&overlay)).code, Some(0));
+    let file = fs::File::options().read(true).write(true).open(&overlay).unwrap();
+    for (line, overlay) in
+        [(r#"{"command":"snapshot"}"#, Some(&file)), (r#"{"command":"resize","bytes":8388608}"#, None), ("nonsense", None)]
+    {
+        let answer = tell(control, line, overlay);
+        assert_eq!(answer.contains(r#""ok":true"#), line != "nonsense", "{line}: {answer}");
     }
 }
 
 /// A disk in use, with all that makes a difference to its calls.
-fn a_disk(format: &str, engine: &str, direct: Option<&str>, made: &mut [BTreeSet<i64>; 2]) {
+fn a_disk([format, engine]: [&str; 2], direct: Option<&str>, owned: bool, made: &mut [BTreeSet<i64>; 2]) {
     let scratch = Scratch::new();
     let image = scratch.path("disk.img");
     let made_it =
@@ -153,6 +192,8 @@ fn a_disk(format: &str, engine: &str, direct: Option<&str>, made: &mut [BTreeSet
     assert_eq!(made_it.code, Some(0), "{}", made_it.err);
     let mut words = vec!["--format", format, "--engine", engine, "--blk-file", image.to_str().unwrap()];
     words.extend(direct);
+    let control = scratch.path("control");
+    words.extend(["--control-path", control.to_str().unwrap()]);
     let server = Server::start("outboard-blk", &scratch, &words);
     traced(server, made, |socket| {
         probe(&["info"], socket);
@@ -162,6 +203,9 @@ fn a_disk(format: &str, engine: &str, direct: Option<&str>, made: &mut [BTreeSet
         range[8] = 8;
         assert_eq!(disk.request(Kind::Discard, 0, &mut range).unwrap(), Status::Ok);
         assert_eq!(disk.request(Kind::Flush, 0, &mut []).unwrap(), Status::Ok);
+        if owned {
+            owner(&scratch, &control);
+        }
     });
 }
 
