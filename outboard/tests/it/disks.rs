@@ -77,6 +77,25 @@ fn a_process_that_dies_with_an_overlay_in_hand_is_followed_by_one_that_begins_wi
 }
 
 #[test]
+fn a_link_to_an_overlay_stays_one_when_the_overlay_is_reset() {
+    let file = "[disk.root]\npath = \"link\"\nformat = \"qcow2\"\nbacking = [{ path = \"disk.img\", format = \"raw\" }]\n";
+    let machine = Machine::new().file(file);
+    fs::create_dir(machine.dir.join("images")).unwrap();
+    let top = machine.dir.join("images/top.qcow2");
+    fs::write(&top, "used").unwrap();
+    fs::set_permissions(&top, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+    std::os::unix::fs::symlink("images/top.qcow2", machine.dir.join("link")).unwrap();
+    let running = machine.start();
+    assert_eq!(machine.run(&["disk", "web", "reset", "root"]).status, Some(0));
+    assert_eq!(fs::read_link(machine.dir.join("link")).unwrap(), std::path::Path::new("images/top.qcow2"));
+    let new = fs::metadata(&top).unwrap();
+    assert!(new.len() > 4 && std::os::unix::fs::PermissionsExt::mode(&new.permissions()) & 0o777 == 0o640);
+    assert_eq!(fs::read_dir(machine.dir.join("images")).unwrap().count(), 1);
+    machine.run(&["stop", "web"]);
+    running.end();
+}
+
+#[test]
 fn an_overlay_that_is_refused_leaves_everything_as_it_was() {
     let machine = Machine::new().file(DISK).pretend("blk:refuse");
     let running = machine.start();

@@ -50,7 +50,12 @@ enum Overlay {
     /// On top of what is there, under this name.
     On(PathBuf),
     /// In the place of the top image, whose name it gets when it is there.
-    Instead(PathBuf),
+    Instead {
+        /// Where it is.
+        place: PathBuf,
+        /// Where the top image is, whatever links lead to it.
+        home: PathBuf,
+    },
     /// In the place of what was written to an ephemeral disk.
     Scratch(File),
 }
@@ -58,7 +63,7 @@ enum Overlay {
 impl Overlay {
     /// It was not wanted; the disk goes on as before.
     fn discard(self) {
-        if let Overlay::On(path) | Overlay::Instead(path) = self {
+        if let Overlay::On(path) | Overlay::Instead { place: path, .. } = self {
             drop(fs::remove_file(path));
         }
     }
@@ -208,9 +213,11 @@ impl Drive<'_> {
                 (File::from(overlay::again(&file, false)?), Overlay::Scratch(file), past)
             }
             (_, None, Some(below)) => {
-                let (file, place) = overlay::beside(&top.path, bytes, below)?;
+                let home =
+                    fs::canonicalize(&top.path).with_context(|| format!("Cannot find the image {}", top.path.display()))?;
+                let (file, place) = overlay::beside(&home, bytes, below)?;
                 let past = self.past(&place)?;
-                (file, Overlay::Instead(place), past)
+                (file, Overlay::Instead { place, home }, past)
             }
             (_, None, None) => bail!("There is no image below it to go back to"),
         };
@@ -243,15 +250,13 @@ impl Drive<'_> {
                 notices::line(&format!("{}: the disk was reset", self.name));
                 self.scratch = Some(file);
             }
-            Overlay::Instead(path) => {
+            Overlay::Instead { place, home } => {
                 notices::line(&format!("{}: the disk was reset", self.name));
                 let Some(top) = self.images.first_mut() else { return Ok(()) };
-                top.format = ImageFormat::Qcow2;
-                if let Err(error) = fs::rename(&path, &top.path) {
-                    let old = std::mem::replace(&mut top.path, path);
-                    let now = top.path.display();
-                    return Err(error)
-                        .with_context(|| format!("The disk was reset, but {now} cannot get the name {}", old.display()));
+                if let Err(error) = fs::rename(&place, &home) {
+                    let (now, name) = (place.display().to_string(), home.display());
+                    top.path = place;
+                    return Err(error).with_context(|| format!("The disk was reset, but {now} cannot get the name {name}"));
                 }
             }
         }
