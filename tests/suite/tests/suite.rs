@@ -10,6 +10,7 @@ mod suite {
     mod calls;
     mod console;
     mod device;
+    mod disks;
     mod escapes;
     mod hostile;
     mod kills;
