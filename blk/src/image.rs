@@ -51,6 +51,7 @@ pub struct Disk {
     topology: Topology,
     direct: Option<Alignment>,
     abilities: Abilities,
+    two_files: bool,
     null: bool,
 }
 
@@ -98,6 +99,7 @@ impl Disk {
             image,
             files: Mutex::new(files),
             epoch: AtomicU64::new(0),
+            two_files: config.chain.first().is_some_and(|link| link.data.is_some()),
             null: false,
         })
     }
@@ -109,7 +111,8 @@ impl Disk {
         let mut topology = Topology::default();
         config.blocks.apply(&mut topology);
         let abilities = Abilities { read_only: config.read_only, ..Abilities::default() };
-        Ok(Disk { image, files: Mutex::default(), epoch: AtomicU64::new(0), topology, direct: None, abilities, null: true })
+        let files = Mutex::default();
+        Ok(Disk { image, files, epoch: AtomicU64::new(0), topology, direct: None, abilities, two_files: false, null: true })
     }
 
     /// The image.
@@ -186,6 +189,11 @@ impl Disk {
     /// What is written changes tables of the image, too.
     pub fn has_tables(&self) -> bool {
         self.image.cluster_size() != 0
+    }
+
+    /// The image has its data in another file than its tables, or had until an overlay came.
+    pub fn is_in_two_files(&self) -> bool {
+        self.two_files
     }
 
     /// It keeps nothing.

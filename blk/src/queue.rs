@@ -222,6 +222,11 @@ impl DiskQueue {
         Ok(())
     }
 
+    /// Makes what a request has changed durable: data and tables.
+    fn make_last(&mut self, ticket: Ticket) -> io::Result<()> {
+        if self.volume.is_in_two_files() { self.volume.flush().map(drop) } else { self.sync(ticket) }
+    }
+
     /// Looks what is next for a job of which nothing is in flight. `true`: it is done.
     fn advance(&mut self, ticket: Ticket) -> bool {
         let job = self.job(ticket);
@@ -235,7 +240,7 @@ impl DiskQueue {
         }
         if job.through && !job.failed {
             job.through = false;
-            if self.sync(ticket).is_ok() {
+            if self.make_last(ticket).is_ok() {
                 return self.job(ticket).left == 0;
             }
             self.job(ticket).failed = true;

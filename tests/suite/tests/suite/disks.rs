@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +14,8 @@ use probe::device::Shape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::FdFlags;
 use serde_json::Value;
-use suite::tracer::{Event, Filters, Tracer, can_trace};
+use suite::disktools::done;
+use suite::tracer::{Event, Filters, Tracer, argument, can_trace};
 use suite::{Scratch, Server};
 use vhost_user::session::BackendEvent;
 use virtio::metrics::page;
@@ -52,26 +53,33 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-/// Counts the calls with which a server makes data durable, until it has ended: it is told to go once `ready`.
-fn syncs(server: Server, work: impl FnOnce(&Server)) -> usize {
+/// The calls with which a server makes data durable, until it has ended: the file of each, or nothing where a ring is entered.
+fn syncs(server: Server, work: impl FnOnce(&Server)) -> Vec<Option<PathBuf>> {
     let pid = server.worker();
     let (ready, wait) = channel();
     let tracer = thread::spawn(move || {
         let mut tracer = Tracer::seize(pid, Filters::InForce);
         ready.send(()).unwrap();
-        let mut count = 0;
+        let mut made = Vec::new();
         while let Some(event) = tracer.event() {
             match event {
                 Event::Call(tid, call) => {
-                    // Everything else that this disk does goes through the page cache, so a ring is entered for nothing else.
-                    count += usize::from([libc::SYS_fdatasync, libc::SYS_fsync, libc::SYS_io_uring_enter].contains(&call));
+                    match call {
+                        libc::SYS_fdatasync | libc::SYS_fsync => {
+                            let fd = argument(tid, 0);
+                            made.push(fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok());
+                        }
+                        // Everything else that these disks do goes through the page cache, so a ring is entered for nothing else.
+                        libc::SYS_io_uring_enter => made.push(None),
+                        _ => {}
+                    }
                     tracer.go(tid);
                 }
                 Event::Return(tid, _) => tracer.go(tid),
                 Event::Died(..) => {}
             }
         }
-        count
+        made
     });
     wait.recv().unwrap();
     work(&server);
@@ -102,10 +110,38 @@ fn each_write_is_made_durable_where_the_driver_wants_that() {
                 }
             })
         };
-        let (back, through) = (count(None), count(Some(0)));
+        let (back, through) = (count(None).len(), count(Some(0)).len());
         println!("{engine}: {back} syncs with write-back, {through} with write-through");
         assert!(back < 5, "{engine}: {back} syncs that nobody asked for");
         assert!(through >= WRITES, "{engine}: {through} syncs of {WRITES} writes");
+    }
+}
+
+/// Data and tables in two files: a write is durable when both are.
+#[test]
+fn both_files_of_an_image_are_made_durable() {
+    const WRITES: usize = 10;
+    if !can_trace() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (image, data) = (scratch.path("disk.qcow2"), scratch.path("disk.data"));
+    let options = format!("data_file={}", data.display());
+    done("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, image.to_str().unwrap(), "8M"]);
+    let words = ["--format", "qcow2", "--blk-file", image.to_str().unwrap(), "--data-file", data.to_str().unwrap()];
+    let server = Server::start("outboard-blk", &scratch, &[&words[..], &["--engine", "threads"]].concat());
+    let made = syncs(server, |server| {
+        let mut disk = open(server);
+        disk.device.session().write_config(WRITEBACK, &[0]).unwrap();
+        for index in 0..WRITES as u64 {
+            disk.write(index * 65536, &mut [1; 4096]).unwrap();
+        }
+    });
+    for file in [image, data] {
+        let name = file.file_name();
+        let count = made.iter().flatten().filter(|path| path.file_name() == name).count();
+        println!("{count} syncs of {}", file.display());
+        assert!(count >= WRITES, "{count} syncs of {} for {WRITES} writes", file.display());
     }
 }
 
@@ -208,7 +244,7 @@ fn what_goes_past_the_page_cache_is_in_the_file() {
     let server = blk(&scratch, &["--direct"]);
     let stream = UnixStream::connect(&server.socket).unwrap();
     let mut disk = Disk::open(stream, Shape { memory: 64 << 20, ..Shape::default() }, 1, 1 << 20, 3).unwrap();
-    let mut bytes: Vec<u8> = (0..1u32 << 20).map(|at| (at / 512 + at % 251) as u8).collect();
+    let mut bytes: Vec<u8> = (0..1u32 << 20).map(|at| (at / 512 + at % 251).to_le_bytes()[0]).collect();
     let written = bytes.clone();
     disk.write(512, &mut bytes).unwrap();
     disk.flush().unwrap();
