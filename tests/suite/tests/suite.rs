@@ -6,6 +6,7 @@
 
 mod suite {
     mod attack;
+    mod bad_hosts;
     mod bad_input;
     mod calls;
     mod console;
