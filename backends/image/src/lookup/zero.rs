@@ -97,7 +97,11 @@ impl Lookup {
             let Node::Qcow2(image) = &*image else { return Err(Error::ReadOnly) };
             let (first, last) = whole(image, offset, len);
             if how == How::Discard && first >= last {
-                return image.check_writable();
+                return match image.check_writable() {
+                    // Only by an overlay that comes at this moment: there is nothing to do in that one, either.
+                    Err(Error::ReadOnly) if self.image.is_writable() => Ok(()),
+                    other => other,
+                };
             }
         } else if let Some(done) = self.change_raw(offset, len, how)? {
             return Ok(done);
