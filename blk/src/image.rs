@@ -56,6 +56,7 @@ pub struct Disk {
     topology: Topology,
     direct: Option<Alignment>,
     abilities: Abilities,
+    two_files: bool,
     null: bool,
 }
 
@@ -158,7 +159,8 @@ impl Disk {
         }
         let image = whole(&layers, config).with_context(|| format!("Cannot use image {name}"))?;
         let (files, epoch) = (Mutex::new(files), AtomicU64::new(0));
-        Ok(Disk { image, files, epoch, topology, direct, abilities, null: false })
+        let two_files = config.chain.first().is_some_and(|link| link.data.is_some());
+        Ok(Disk { image, files, epoch, topology, direct, abilities, two_files, null: false })
     }
 
     /// A disk of so many bytes that keeps nothing: what is left is what it costs to be asked.
@@ -166,7 +168,8 @@ impl Disk {
         let layer = Layer { format: Format::Raw, file: Arc::new(Nothing(FileId::new(), bytes)), data: None };
         let image = Image::open(&[layer], Options { writable: true, ..Options::default() })?;
         let (topology, direct, abilities) = Files::of_nothing(config);
-        Ok(Disk { image, files: Mutex::default(), epoch: AtomicU64::new(0), topology, direct, abilities, null: true })
+        let (files, epoch) = (Mutex::default(), AtomicU64::new(0));
+        Ok(Disk { image, files, epoch, topology, direct, abilities, two_files: false, null: true })
     }
 
     /// The image.
@@ -243,6 +246,11 @@ impl Disk {
     /// What is written changes tables of the image, too.
     pub fn has_tables(&self) -> bool {
         self.image.cluster_size() != 0
+    }
+
+    /// The image has its data in another file than its tables, or had until an overlay came.
+    pub fn is_in_two_files(&self) -> bool {
+        self.two_files
     }
 
     /// It keeps nothing.

@@ -234,6 +234,11 @@ impl DiskQueue {
         Ok(())
     }
 
+    /// Makes what a request has changed durable: data and tables.
+    fn make_last(&mut self, ticket: Ticket) -> io::Result<()> {
+        if self.volume.is_in_two_files() { self.volume.flush().map(drop) } else { self.sync(ticket) }
+    }
+
     /// Looks what is next for a job of which nothing is in flight. `true`: it is done.
     fn advance(&mut self, ticket: Ticket) -> bool {
         let job = self.job(ticket);
@@ -247,10 +252,12 @@ impl DiskQueue {
         }
         if job.through && !job.failed {
             job.through = false;
-            if self.sync(ticket).is_ok() {
-                return self.job(ticket).left == 0;
+            let last = self.make_last(ticket);
+            let job = self.job(ticket);
+            job.note(last);
+            if job.left > 0 {
+                return false;
             }
-            self.job(ticket).failed = true;
         }
         self.job(ticket).guard = None;
         true

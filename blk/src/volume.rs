@@ -52,6 +52,11 @@ impl Volume {
         self.file(top).ok()
     }
 
+    /// Data and tables have a file each, so a sync of one is not enough.
+    pub fn is_in_two_files(&self) -> bool {
+        self.disk.is_in_two_files()
+    }
+
     fn file(&mut self, id: FileId) -> io::Result<File> {
         if let Some((_, file)) = self.files.iter().find(|(one, _)| *one == id) {
             return Ok(file.clone());

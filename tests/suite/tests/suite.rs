@@ -6,10 +6,12 @@
 
 mod suite {
     mod attack;
+    mod bad_hosts;
     mod bad_input;
     mod calls;
     mod console;
     mod device;
+    mod disks;
     mod ephemeral;
     mod escapes;
     mod hostile;

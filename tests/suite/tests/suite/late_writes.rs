@@ -77,8 +77,14 @@ fn overtaken(words: &[&str]) -> (Duration, Duration) {
     let args = [&["--blk-file", device.path.as_str(), "--format", "raw"], words].concat();
     let server = Server::start("outboard-blk", &ours, &args);
     let mut disk = connect(&server);
-    disk.fill(0, &[b'A'; BLOCK]);
-    assert!(disk.submit(0, 0, Kind::Out, 0, 4096));
+    if words.contains(&"--direct") {
+        disk.fill(0, &[b'A'; BLOCK]);
+        assert!(disk.submit(0, 0, Kind::Out, 0, 4096));
+    } else {
+        // The page cache takes it at once; it is the flush that is on its way.
+        disk.write(0, &mut [b'A'; BLOCK]).unwrap();
+        assert!(disk.submit(0, 0, Kind::Flush, 0, 0));
+    }
     disk.device.kick(0);
     wait_for("the write's beginning", || begun.exists().then_some(()));
     sleep(BEFORE);
@@ -119,4 +125,16 @@ fn a_write_of_a_killed_thread_lands_before_its_successor_writes() {
     let (gone, serves) = overtaken(&["--direct", "--engine", "threads"]);
     println!("threads: gone after {gone:?}, its successor has the image after {serves:?}");
     assert!(serves > SLOW - BEFORE * 2, "the successor has waited for the image: {serves:?}");
+}
+
+/// Through the page cache it is a flush that outlives its process. Until it has ended, the device is not its successor's to open alone.
+#[test]
+fn a_flush_of_a_killed_process_keeps_its_successor_waiting_and_not_out() {
+    if !can_make_block_devices("a flush of a killed process") {
+        return;
+    }
+    for engine in ["io-uring", "threads"] {
+        let (gone, serves) = overtaken(&["--engine", engine]);
+        println!("{engine}: gone after {gone:?}, its successor has the image after {serves:?}");
+    }
 }
