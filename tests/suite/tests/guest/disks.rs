@@ -108,3 +108,52 @@ fn snapshot_reset_and_resize_under_fio_with_kills() {
     }
     assert_eq!(std::fs::read(&base).unwrap(), bytes, "the base of an ephemeral disk is not written to");
 }
+
+/// What the guest has seen last, as far as its line has come whole.
+fn last_seen(console: &str) -> Option<&str> {
+    console.split("seen-").skip(1).filter_map(|rest| rest.split_once('\r')).map(|(word, _)| word).last()
+}
+
+/// What the guest writes after a snapshot is gone with the overlay; limits that are set for one disk of a group are those of all.
+#[test]
+fn an_overlay_past_the_page_cache_is_reset_and_a_group_is_limited() {
+    let scratch = suite::Scratch::new();
+    let image = scratch.path("data.img");
+    std::fs::write(&image, [&b"base"[..], &vec![7; (4 << 20) - 4]].concat()).unwrap();
+    let limits = "limit-ops = 5000\nlimit-group = \"slow\"\n";
+    let other = scratch.image("other.img", 1 << 20);
+    let sections = format!(
+        "[disk.c-data]\npath = \"{}\"\ncache = \"direct\"\n{limits}[disk.d-other]\npath = \"{}\"\n{limits}",
+        image.display(),
+        other.display()
+    );
+    let command = format!(
+        "set -e; {UNTIL_STOPPED}; do if {WORD} | grep -q mark; then (printf mark; dd if=/dev/zero bs=4092 count=1 status=none) | \
+         dd of=/dev/vdc bs=4096 oflag=direct status=none; fi; \
+         echo seen-$(dd if=/dev/vdc bs=4096 count=1 iflag=direct status=none | head -c4); sleep 0.2; done; {NO_TROUBLE}"
+    );
+    let mut machine = Plan::run(&command).with_disk().section(&sections).start();
+    machine.wait_for("seen-base");
+    let top = scratch.path("top.qcow2");
+    print!("{}", disk(&machine, &["snapshot", "c-data", top.to_str().unwrap()]));
+    machine.say(b"mark");
+    machine.wait_for("seen-mark");
+    machine.say(b"____");
+    kill(&machine, "c-data");
+    let seen = |console: &str| console.matches("seen-").count();
+    let now = seen(&machine.console());
+    machine.wait_until("three more looks", |console| seen(console) >= now + 3);
+    assert_eq!(last_seen(&machine.console()), Some("mark"), "{}", machine.console());
+    print!("{}", disk(&machine, &["reset", "c-data"]));
+    let now = seen(&machine.console());
+    machine.wait_until("three more looks", |console| seen(console) >= now + 3);
+    kill(&machine, "c-data");
+    machine.wait_until("six more looks", |console| seen(console) >= now + 6);
+    assert_eq!(last_seen(&machine.console()), Some("base"), "{}", machine.console());
+    disk(&machine, &["limit", "c-data", "--ops", "4000"]);
+    assert_eq!(status(&machine, "d-other")["limits"]["operations"]["per_second"], 4000);
+    machine.stop_loop();
+    machine.finish().passed();
+    is_clean(&top);
+    assert_eq!(std::fs::read(&image).unwrap()[..4], *b"base");
+}
