@@ -22,7 +22,10 @@ fn servers(scratch: &Scratch) -> Vec<(Server, Vec<&'static str>)> {
     let with = |more: &'static str| [plain.clone(), vec![more]].concat();
     vec![
         (Server::start("outboard-rng", scratch, &[]), plain.clone()),
-        (Server::start("outboard-blk", scratch, &["--blk-file", image.to_str().unwrap(), "--format", "raw"]), with("disk.img")),
+        (
+            Server::start("outboard-blk", scratch, &["--blk-file", image.to_str().unwrap(), "--format", "raw"]),
+            [with("disk.img"), vec!["anon_inode:[io_uring]"]].concat(),
+        ),
         (Server::start("outboard-console", scratch, &["--file", file.to_str().unwrap()]), with("console.log")),
     ]
 }
