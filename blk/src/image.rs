@@ -9,7 +9,7 @@
 //! They never meet in one block, since tables and data have clusters of their own.
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -298,7 +298,7 @@ impl Storage for Nothing {
     }
 
     fn set_len(&self, _len: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+        Err(ErrorKind::Unsupported.into())
     }
 }
 
@@ -343,10 +343,15 @@ impl Opened {
             // A block device that is mounted, or part of something else, is refused by the kernel.
             flags |= OFlags::EXCL;
         }
-        let open = |flags| open(path, flags, Mode::empty()).with_context(|| format!("Cannot open image {name}"));
-        let plain = open(flags)?;
-        let past = flags.difference(OFlags::EXCL) | OFlags::DIRECT;
-        let past = access.direct.then(|| open(past).context("Its file system may not offer O_DIRECT")).transpose()?;
+        let open = |flags| open(path, flags, Mode::empty()).map_err(io::Error::from);
+        // A device that a predecessor had alone is free when the last of its threads has returned from the disk.
+        let plain = when_free(ErrorKind::ResourceBusy, || open(flags)).with_context(|| format!("Cannot open image {name}"))?;
+        let past = || {
+            let opened = open(flags.difference(OFlags::EXCL) | OFlags::DIRECT);
+            opened
+                .with_context(|| format!("Cannot open image {name} past the page cache: Its file system may not offer O_DIRECT"))
+        };
+        let past = access.direct.then(past).transpose()?;
         Opened::locked(plain, past, device, access).with_context(|| format!("Cannot use image {name}"))
     }
 
@@ -422,15 +427,22 @@ fn fill(overlay: &Layer, base: &Layer, config: &Config) -> Result<()> {
 
 /// One writer, or many readers. The lock goes with the last use of the open file.
 fn lock(file: &OwnedFd, writable: bool) -> Result<()> {
-    for attempt in 0..LOCK_TRIES {
-        match lock_file(file.as_fd(), writable) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(LOCK_WAIT),
-            Err(error) => return Err(error).context("It cannot be locked"),
+    match when_free(ErrorKind::WouldBlock, || lock_file(file.as_fd(), writable)) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("Another process has it open for writing"),
+        locked => locked.context("It cannot be locked"),
+    }
+}
+
+/// Tries again and again what somebody else still keeps from being done, for a while.
+fn when_free<T>(taken: ErrorKind, mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for tried in 0..LOCK_TRIES {
+        match attempt() {
+            Err(error) if error.kind() == taken => sleep(LOCK_WAIT),
+            outcome => return outcome,
         }
-        if attempt == WORTH_A_LINE {
+        if tried == WORTH_A_LINE {
             tracing::info!("another process has the image open; waiting for it to let go");
         }
     }
-    bail!("Another process has it open for writing")
+    attempt()
 }

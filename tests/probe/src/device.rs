@@ -20,7 +20,7 @@ pub const VERSION_1: u64 = 1 << 32;
 
 /// How long a backend may take. A VMM is less patient; but how long a start on a busy host takes is measured here, not judged.
 const PATIENCE: Deadlines =
-    Deadlines { exchange: Duration::from_secs(6), whole: Duration::from_secs(12), stop: Duration::from_secs(10) };
+    Deadlines { exchange: Duration::from_secs(6), whole: Duration::from_secs(20), stop: Duration::from_secs(10) };
 
 /// How the rings are made.
 #[derive(Clone, Copy, Debug)]

@@ -120,8 +120,9 @@ pub fn rng(backend: &mut Backend, plan: Plan, progress: impl FnMut(u32)) -> Resu
     run(&mut RngLoad { device, idle, out: Vec::new() }, backend, plan, progress)
 }
 
-/// The longest time from a disturbance to the kill, in microseconds: about twice what it takes.
-const DISTURBED: u64 = 4000;
+/// The shortest of the longest times from a disturbance to the kill, in microseconds, and how often it doubles: up to 32 ms. What is
+/// disturbed takes less than a millisecond, or as long as a disk takes to make something durable.
+const DISTURBED: (u64, u64) = (1000, 6);
 
 fn run(load: &mut impl Load, backend: &mut Backend, plan: Plan, mut progress: impl FnMut(u32)) -> Result<Report> {
     let mut report = Report::default();
@@ -130,7 +131,9 @@ fn run(load: &mut impl Load, backend: &mut Backend, plan: Plan, mut progress: im
         let gap = Duration::from_micros(random.below(u64::try_from(plan.gap.as_micros())?));
         load_for(load, gap, &mut report)?;
         if load.disturb(&mut report)? {
-            load_for(load, Duration::from_micros(random.below(DISTURBED)), &mut report)?;
+            let (shortest, doubled) = DISTURBED;
+            let longest = shortest << random.below(doubled);
+            load_for(load, Duration::from_micros(random.below(longest)), &mut report)?;
         }
         let connection: Option<OwnedFd> = load.device().connection().map(|fd| fd.try_clone_to_owned()).transpose()?;
         let killed = Instant::now();

@@ -9,7 +9,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use probe::blk::{Disk, Kind};
 use probe::device::Shape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{PidfdFlags, pidfd_open};
 use suite::disktools::{BlockDevice, Running, can_make_block_devices, nbdkit};
 use suite::{Scratch, Server, wait_for};
@@ -137,4 +138,27 @@ fn a_flush_of_a_killed_process_keeps_its_successor_waiting_and_not_out() {
         let (gone, serves) = overtaken(&["--engine", engine]);
         println!("{engine}: gone after {gone:?}, its successor has the image after {serves:?}");
     }
+}
+
+/// The kernel lets a device go a moment after the process that had it alone: met on a busy host, made here.
+#[test]
+fn a_device_that_is_still_taken_is_waited_for() {
+    if !can_make_block_devices("a device that is still taken") {
+        return;
+    }
+    let (scratch, ours) = (Scratch::new(), Scratch::new());
+    let socket = scratch.path("nbd.sock");
+    let _nbdkit = nbdkit(&socket, "memory", &[], &["4M"]);
+    let device = BlockDevice::new(&socket, scratch.path("nbd"));
+    let alone = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
+    let taken = rustix::fs::open(device.path.as_str(), alone, Mode::empty()).unwrap();
+    let letting_go = thread::spawn(move || {
+        sleep(Duration::from_millis(700));
+        drop(taken);
+    });
+    let start = Instant::now();
+    let server = Server::start("outboard-blk", &ours, &["--blk-file", &device.path, "--format", "raw"]);
+    assert!(start.elapsed() >= Duration::from_millis(500), "it was not taken");
+    letting_go.join().unwrap();
+    connect(&server).write(0, &mut [1; BLOCK]).unwrap();
 }
