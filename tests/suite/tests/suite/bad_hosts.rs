@@ -41,7 +41,9 @@ fn serve(scratch: &Scratch, image: &str, format: &str, words: &[&str]) -> Server
 /// What a server says that does not start.
 fn refused(image: &str, format: &str, words: &[&str]) -> Ended {
     let mut command = Command::new(program("outboard-blk"));
-    let ended = run(command.args(["--socket-path", "/nowhere/s", "--format", format, "--blk-file", image]).args(words));
+    let scratch = Scratch::new();
+    let ended =
+        run(command.arg("--socket-path").arg(scratch.path("s")).args(["--format", format, "--blk-file", image]).args(words));
     assert_eq!(ended.code, Some(1), "{}", ended.err);
     assert!(ended.err.starts_with("outboard-blk: Cannot ") && !ended.err.contains("panicked"), "{}", ended.err);
     assert_eq!(ended.err.trim_end().lines().filter(|line| line.starts_with("outboard-blk: ")).count(), 1, "{}", ended.err);
