@@ -12,8 +12,8 @@ use crate::debian;
 
 const SECONDS: &str = "0.7";
 
-/// Descriptors of a ring: 128 requests of several buffers each have room.
-const RING: &str = "1024";
+/// Descriptors of a ring, as QEMU gives them to its guests, and where 128 requests of several buffers each have to have room.
+const RINGS: [&str; 2] = ["256", "1024"];
 
 /// Bytes of a disk that is written to where it has nothing yet: more than is written in all rounds.
 const EMPTY: &str = "8G";
@@ -234,7 +234,8 @@ fn measure(bench: &Bench, server: Command, theirs: bool, load: &str, shape: Shap
     let [bytes, depth, queues] = [shape.block * 1024, shape.depth, shape.queues].map(|number| number.to_string());
     let mut probe = Command::new(bench.program("outboard-probe"));
     probe.args(["blk", "bench", "--json", "--seconds", SECONDS, "--load", load, "--block-size", &bytes, "--depth", &depth]);
-    probe.args(["--queues", &queues, "--queue-size", RING]);
+    let ring = RINGS[usize::from(shape.depth > 32)];
+    probe.args(["--queues", &queues, "--queue-size", ring]);
     let name = if theirs { "qemu-storage-daemon" } else { "outboard-blk" };
     let told = process::told(probe.arg(&socket)).with_context(|| format!("{name} was not measured"))?;
     let answer: serde_json::Value = serde_json::from_slice(&told).context("The probe gave no JSON")?;
