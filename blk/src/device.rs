@@ -33,9 +33,9 @@ const QUEUE_SIZE: u16 = 1024;
 /// smaller rings than the largest.
 const SEG_MAX: u32 = 126;
 
-/// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of secure erase.
-const CONFIG: usize = 72;
-const CONFIG_LEN: u32 = 72;
+/// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of write-zeroes.
+const CONFIG: usize = 60;
+const CONFIG_LEN: u32 = 60;
 
 /// The version of a saved state.
 const STATE: u8 = 1;
@@ -53,7 +53,6 @@ const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 const F_LIFETIME: u64 = 1 << 15;
-const F_SECURE_ERASE: u64 = 1 << 16;
 
 /// A virtio-blk device.
 #[derive(Debug)]
@@ -62,7 +61,6 @@ pub struct Blk {
     shared: Arc<Shared>,
     config: [u8; CONFIG],
     queues: u16,
-    negotiated: u64,
 }
 
 impl Blk {
@@ -88,7 +86,7 @@ impl Blk {
             workers.push(worker);
         }
         let space = space(disk, config.queues);
-        Ok(Blk { workers: Workers::new(workers), shared, config: space, queues: config.queues, negotiated: 0 })
+        Ok(Blk { workers: Workers::new(workers), shared, config: space, queues: config.queues })
     }
 
     /// Obeys whoever comes in there, on the thread that has read the image.
@@ -101,7 +99,6 @@ impl Blk {
         let limits = self.shared.checks();
         let mut features = feature::RING | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
         features |= if limits.read_only { F_RO } else { F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES };
-        features |= if limits.secure_erase { F_SECURE_ERASE } else { 0 };
         features | if limits.lifetime { F_LIFETIME } else { 0 }
     }
 }
@@ -113,7 +110,6 @@ impl Device for Blk {
 
     /// A driver that knows of no flushes cannot be asked to make them (virtio 1.3, 5.2.5.1).
     fn negotiate(&mut self, features: u64) {
-        self.negotiated = features;
         self.shared.write_back(features & F_FLUSH != 0);
     }
 
@@ -144,7 +140,6 @@ impl Device for Blk {
     }
 
     fn reset(&mut self) {
-        self.negotiated = 0;
         self.shared.write_back(true);
     }
 
@@ -243,10 +238,8 @@ fn space(disk: &Disk, queues: u16) -> [u8; CONFIG] {
     put(12, &SEG_MAX.to_le_bytes());
     put(20, &topology::config(&disk.topology()));
     put(34, &queues.to_le_bytes());
-    // Discards, zeroes, whose space may be given back, and erasures.
-    for (at, bytes) in
-        [(36, most), (40, ranges), (44, alignment), (48, most), (52, ranges), (60, most), (64, ranges), (68, alignment)]
-    {
+    // Discards, and zeroes, whose space may be given back.
+    for (at, bytes) in [(36, most), (40, ranges), (44, alignment), (48, most), (52, ranges)] {
         put(at, &bytes);
     }
     put(56, &[1]);

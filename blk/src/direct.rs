@@ -3,10 +3,10 @@
 //! Drivers align their buffers to blocks, and those move straight to and from the disk. What is not aligned takes a detour over
 //! memory that is, on the queue's own thread: right, and slow, which is the driver's choice.
 
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 
-use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
+use image::{read_at, write_at};
 use virtio::Buffer;
 
 /// Larger than what any file wants.
@@ -55,38 +55,14 @@ pub fn detour(file: impl AsFd, write: bool, offset: u64, data: Buffer<'_>, align
         let room = room.get_mut(..piece.len() as usize).unwrap_or_default();
         if write {
             piece.copy_to(room);
-            put(&file, room, at)?;
+            write_at(&file, room, at)?;
         } else {
-            get(&file, room, at)?;
+            if read_at(&file, room, at)? < room.len() {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
             piece.copy_from(room);
         }
         (at, rest) = (at.saturating_add(piece.len().into()), after);
-    }
-    Ok(())
-}
-
-fn get(file: impl AsFd, room: &mut [u8], offset: u64) -> io::Result<()> {
-    let mut done = 0;
-    while let Some(rest) = room.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match preadv2(&file, &mut [IoSliceMut::new(rest)], offset.saturating_add(done as u64), ReadWriteFlags::empty()) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(read) => done = done.saturating_add(read),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-fn put(file: impl AsFd, bytes: &[u8], offset: u64) -> io::Result<()> {
-    let mut done = 0;
-    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-        match pwritev2(&file, &[IoSlice::new(rest)], offset.saturating_add(done as u64), ReadWriteFlags::empty()) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(written) => done = done.saturating_add(written),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
     }
     Ok(())
 }

@@ -8,8 +8,8 @@
 //!
 //! There are two engines, and what a guest sees is the same with either:
 //!
-//! - [`uring`]: one io_uring per queue, made by the thread that uses it, before that thread's filter; restricted to the six operations
-//!   below, so that a thread that was taken over gets nothing through it that its filter forbids;
+//! - [`uring`]: one io_uring per queue, made before the process is confined, and restricted to the operations below, so that a thread
+//!   that was taken over gets nothing through it that its filter forbids;
 //! - [`pool`]: a few threads, where the host forbids io_uring (as distributions and container engines do).
 //!
 //! Not everything goes through an engine. What is in the page cache is read by the queue's thread itself, and so is written what only
@@ -19,8 +19,8 @@
 //!
 //! A process that is killed is gone before the writes it had given to io_uring are: the kernel finishes them afterwards. Such a write
 //! could land on top of one that the successor has made since. It cannot, because of the image's lock: it belongs to the *open file*,
-//! which those writes hold, so the successor, which locks the image before it serves, gets it when the last of them is done. (A ring that knows files by numbers holds them until
-//! it is taken apart, which is some 25 ms after the process; so it is told of none.)
+//! which those writes hold, so the successor, which locks the image before it serves, gets it when the last of them is done. (A ring
+//! that knows files by numbers holds them until it is taken apart, which is some 25 ms after the process; so it is told of none.)
 //! `tests/suite` measures just that, on a disk that takes two seconds for a write.
 
 use std::fmt::Debug;
@@ -42,11 +42,6 @@ impl File {
     /// The file of this descriptor.
     pub fn new(fd: Arc<OwnedFd>) -> File {
         File(fd)
-    }
-
-    /// Its descriptor.
-    pub fn descriptor(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.0)
     }
 }
 
@@ -75,20 +70,6 @@ pub enum Work<'a> {
     },
     /// What was written is on the disk afterwards.
     Sync,
-    /// A range is given back, and reads as zeroes.
-    Punch {
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-    },
-    /// A range becomes zeroes and keeps its space.
-    Zero {
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-    },
 }
 
 /// The outcome of an operation: its id, and the bytes that were moved or what went wrong.

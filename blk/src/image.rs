@@ -380,7 +380,7 @@ impl Opened {
 
     fn abilities(&self, config: &Config) -> Abilities {
         let lifetime = if self.device { topology::lifetime(&self.plain) } else { None };
-        Abilities { read_only: config.read_only, secure_erase: false, lifetime }
+        Abilities { read_only: config.read_only, lifetime }
     }
 }
 

@@ -119,10 +119,6 @@ impl DiskQueue {
                 ranges.iter().try_for_each(|range| self.volume.write_zeroes(range))?;
                 self.job(ticket).through = !self.shared.writes_back();
             }
-            Request::SecureErase(ranges) => {
-                self.let_go(|ticket| attempt.held(ticket));
-                ranges.iter().try_for_each(|range| self.volume.secure_erase(range))?;
-            }
             Request::GetId(room) => {
                 room.copy_from(&self.shared.serial);
             }
@@ -138,11 +134,11 @@ impl DiskQueue {
         let guard = match self.volume.share(offset, len) {
             Err(Busy) => {
                 self.let_go(|ticket| attempt.held(ticket));
-                self.volume.share(offset, len).unwrap_or_default()
+                self.volume.share(offset, len).map_err(|Busy| ErrorKind::ResourceBusy)?
             }
             Ok(guard) => guard,
         };
-        self.job(ticket).guard = guard;
+        self.job(ticket).guard = Some(guard);
         Ok(())
     }
 
@@ -370,7 +366,7 @@ impl Serve for DiskQueue {
     fn settle(&mut self, slot: &mut Slot) {
         self.engine.submit();
         self.reap(|ticket| slot.held(ticket));
-        while !self.claimed.is_empty() || self.volume.has_claims() {
+        if !self.claimed.is_empty() || self.volume.has_claims() {
             // The data of what is claimed has to be there before the tables say so.
             self.let_go(|ticket| slot.held(ticket));
         }

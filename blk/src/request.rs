@@ -33,7 +33,6 @@ const GET_ID: u32 = 8;
 const GET_LIFETIME: u32 = 10;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
-const SECURE_ERASE: u32 = 14;
 
 /// Bytes of the answer to a question about wear.
 pub const LIFETIME: usize = 4;
@@ -47,8 +46,6 @@ pub struct Limits {
     pub bytes: u64,
     /// The guest may not write.
     pub read_only: bool,
-    /// What is erased stays erased: the host's device can do that.
-    pub secure_erase: bool,
     /// The host's device tells how worn it is.
     pub lifetime: bool,
 }
@@ -107,8 +104,6 @@ pub enum Request<'a> {
     Discard(Ranges),
     /// The content becomes zero.
     WriteZeroes(Ranges),
-    /// The content is gone, from the medium too.
-    SecureErase(Ranges),
     /// The serial number.
     GetId(Buffer<'a>),
     /// How worn the medium is.
@@ -184,7 +179,6 @@ impl<'a> Request<'a> {
             }
             DISCARD => Ok(Request::Discard(ranges(sent, 0, limits)?)),
             WRITE_ZEROES => Ok(Request::WriteZeroes(ranges(sent, UNMAP, limits)?)),
-            SECURE_ERASE if limits.secure_erase => Ok(Request::SecureErase(ranges(sent, 0, limits)?)),
             GET_LIFETIME if limits.lifetime => {
                 let (wear, _) = room.split_at(u32::try_from(LIFETIME).unwrap_or(0));
                 Ok(Request::GetLifetime(wear))

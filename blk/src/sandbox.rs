@@ -16,27 +16,24 @@ pub const POOL: &str = "disk";
 /// Descriptors of each queue: an engine's, two ends of a bell, three of the ring, and one to spare.
 const PER_QUEUE: u64 = 7;
 
-const QUEUE: &[Rule] = &[
-    allow(libc::SYS_preadv2, "reads, straight into guest memory"),
-    allow(libc::SYS_pwritev2, "writes, straight from guest memory; zeroes, where the file system has no better way"),
-    allow(libc::SYS_io_uring_enter, "reads, writes and flushes that have to wait for the disk; the ring can do nothing else"),
+/// What an image takes of whichever thread is at it: a queue's, the control thread that closes it, the one that has read it.
+const TABLES: &[Rule] = &[
+    allow(libc::SYS_preadv2, "an image's tables, and data straight into guest memory"),
+    allow(libc::SYS_pwritev2, "an image's tables, and data straight from guest memory; zeroes, where there is no better way"),
+    allow(libc::SYS_fallocate, "space that is given back, and zeroes"),
     allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
     allow(libc::SYS_ftruncate, "images that grow"),
     allow(libc::SYS_fstat, "how long an image is"),
-    allow(libc::SYS_fallocate, "discards and zeroes"),
 ];
+
+const QUEUE: &[Rule] =
+    &[allow(libc::SYS_io_uring_enter, "reads, writes and flushes that have to wait for the disk; the ring can do nothing else")];
 
 /// The role of the thread that reads what the image says, and then obeys the disk's owner.
 pub const IMAGE: &str = "image";
 
 const OBEY: &[Rule] = &[
-    allow(libc::SYS_fstat, "how long an image is"),
     allow(libc::SYS_lseek, "how long a block device is"),
-    allow(libc::SYS_preadv2, "an image's tables"),
-    allow(libc::SYS_pwritev2, "an image's tables: one that was not closed is repaired"),
-    allow(libc::SYS_fallocate, "an image's space"),
-    allow(libc::SYS_fdatasync, "the order in which an image's tables reach the disk"),
-    allow(libc::SYS_ftruncate, "images that grow"),
     allow(libc::SYS_accept4, "whoever has a command"),
     allow(libc::SYS_recvmsg, "commands, with the overlays they bring"),
     allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_OFD_SETLK as u32)], "locking an overlay"),
@@ -44,18 +41,10 @@ const OBEY: &[Rule] = &[
     allow(libc::SYS_sendmsg, "telling the frontend that the disk has grown"),
 ];
 
-const CLOSE: &[Rule] = &[
-    allow(libc::SYS_preadv2, "closing an image: its tables"),
-    allow(libc::SYS_pwritev2, "closing an image: space that was reserved is given back"),
-    allow(libc::SYS_fdatasync, "closing an image: in this order"),
-    allow(libc::SYS_ftruncate, "closing an image: the end of its file"),
-];
-
 const DISK: &[Rule] = &[
     allow(libc::SYS_preadv2, "reads, straight into guest memory"),
     allow(libc::SYS_pwritev2, "writes, straight from guest memory"),
     allow(libc::SYS_fdatasync, "flushes"),
-    allow(libc::SYS_fallocate, "discards and zeroes"),
 ];
 
 /// The process opens nothing and reaches nothing.
@@ -65,6 +54,6 @@ pub const POLICY: Policy = Policy {
         descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
         threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 3,
     },
-    control: &[RUNTIME, PROTOCOL, CLOSE],
-    threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE]), (POOL, &[RUNTIME, DISK]), (IMAGE, &[RUNTIME, OBEY])],
+    control: &[RUNTIME, PROTOCOL, TABLES],
+    threads: &[(THREAD, &[RUNTIME, RINGS, TABLES, QUEUE]), (POOL, &[RUNTIME, DISK]), (IMAGE, &[RUNTIME, TABLES, OBEY])],
 };

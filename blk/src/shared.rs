@@ -23,7 +23,6 @@ pub struct Shared {
     bytes: AtomicU64,
     /// A flush has failed.
     lost: AtomicBool,
-    secure_erase: bool,
     lifetime: Option<[u8; LIFETIME]>,
     /// How much it may be used.
     pub limits: limit::Limits,
@@ -36,8 +35,6 @@ pub struct Shared {
 pub struct Abilities {
     /// The guest may not write.
     pub read_only: bool,
-    /// What is erased stays erased.
-    pub secure_erase: bool,
     /// How worn it is, in the specification's four bytes.
     pub lifetime: Option<[u8; LIFETIME]>,
 }
@@ -51,7 +48,7 @@ impl Shared {
         abilities: Abilities,
         limits: limit::Limits,
     ) -> Shared {
-        let Abilities { read_only, secure_erase, lifetime } = abilities;
+        let Abilities { read_only, lifetime } = abilities;
         let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
         Shared {
             serial,
@@ -60,7 +57,6 @@ impl Shared {
             writes_back,
             bytes,
             lost: AtomicBool::new(false),
-            secure_erase,
             lifetime,
             limits,
             host: OnceLock::new(),
@@ -69,12 +65,7 @@ impl Shared {
 
     /// What requests are checked against.
     pub fn checks(&self) -> Limits {
-        Limits {
-            bytes: self.bytes(),
-            read_only: self.read_only,
-            secure_erase: self.secure_erase,
-            lifetime: self.lifetime.is_some(),
-        }
+        Limits { bytes: self.bytes(), read_only: self.read_only, lifetime: self.lifetime.is_some() }
     }
 
     /// Bytes of the disk at this moment.

@@ -48,7 +48,7 @@ impl Volume {
 
     /// The file that a flush has to reach, where a flush is nothing else.
     pub fn top(&mut self) -> Option<File> {
-        let top = self.lookup.image().files().first().map(|file| file.id())?;
+        let top = self.lookup.image().top_file().ok()?;
         self.file(top).ok()
     }
 
@@ -66,16 +66,16 @@ impl Volume {
         Ok(file)
     }
 
-    /// Enters a range, together with others. `None`: nobody ever has a range of this disk alone.
+    /// Enters a range, together with others.
     ///
     /// # Errors
     /// [`Busy`]: let go of all ranges and claims, then ask again.
-    pub fn share(&mut self, offset: u64, len: u32) -> Result<Option<Guard>, Busy> {
+    pub fn share(&mut self, offset: u64, len: u32) -> Result<Guard, Busy> {
         let epoch = self.disk.epoch();
         if epoch != self.epoch {
             (self.files, self.epoch) = (Vec::new(), epoch);
         }
-        self.lookup.share(offset, len.into()).map(Some).map_err(|_| Busy)
+        self.lookup.share(offset, len.into()).map_err(|_| Busy)
     }
 
     /// Where the first bytes of a range are, and how many of them are there together.
@@ -162,14 +162,6 @@ impl Volume {
     /// The image's.
     pub fn write_zeroes(&mut self, range: &Range) -> io::Result<()> {
         if range.len == 0 { Ok(()) } else { self.lookup.zero(range.offset, range.len, range.unmap).map_err(told) }
-    }
-
-    /// Erases a range.
-    ///
-    /// # Errors
-    /// The image's.
-    pub fn secure_erase(&mut self, _range: &Range) -> io::Result<()> {
-        Err(ErrorKind::Unsupported.into())
     }
 }
 

@@ -91,6 +91,14 @@ impl Image {
         }
     }
 
+    /// The file that guest data is written to.
+    ///
+    /// # Errors
+    /// There always is one.
+    pub fn top_file(&self) -> Result<FileId> {
+        Ok(self.top()?.data_file().id())
+    }
+
     /// The files that guest data is in, the top first.
     pub fn files(&self) -> Vec<Arc<dyn Storage>> {
         self.chain().nodes.iter().map(|node| Arc::clone(node.data_file())).collect()

@@ -89,4 +89,4 @@ pub use lookup::{Compressed, Extent, Lookup, Place};
 pub use qcow2::check::{Report, check};
 pub use qcow2::create::{Create, create};
 pub use range::{Exclusive, Shared};
-pub use storage::{FileId, FileStorage, Storage};
+pub use storage::{FileId, FileStorage, Storage, read_at, write_at};

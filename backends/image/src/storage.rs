@@ -192,31 +192,11 @@ impl Storage for FileStorage {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut done = 0_usize;
-        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let at = offset.saturating_add(done as u64);
-            match preadv2(&self.file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::empty()) {
-                Ok(0) => break,
-                Ok(read) => done = done.saturating_add(read),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(done)
+        read_at(&self.file, buffer, offset)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let mut done = 0_usize;
-        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-            let at = offset.saturating_add(done as u64);
-            match pwritev2(&self.file, &[IoSlice::new(rest)], at, ReadWriteFlags::empty()) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => done = done.saturating_add(written),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        write_at(&self.file, bytes, offset)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -252,6 +232,42 @@ impl Storage for FileStorage {
     fn fixed(&self) -> bool {
         self.fixed
     }
+}
+
+/// Reads up to so many bytes of a file; less only at its end.
+///
+/// # Errors
+/// The system's.
+pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0_usize;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let at = offset.saturating_add(done as u64);
+        match preadv2(&file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::empty()) {
+            Ok(0) => break,
+            Ok(read) => done = done.saturating_add(read),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes all of the bytes to a file.
+///
+/// # Errors
+/// The system's.
+pub fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let mut done = 0_usize;
+    while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+        let at = offset.saturating_add(done as u64);
+        match pwritev2(&file, &[IoSlice::new(rest)], at, ReadWriteFlags::empty()) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => done = done.saturating_add(written),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {

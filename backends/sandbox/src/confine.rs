@@ -30,12 +30,7 @@ pub fn confine(limits: &Limits, floor: Floor) -> Result<Kernel> {
     empty_root()?;
     limit(limits)?;
     drop_capabilities()?;
-    set_no_new_privs(true).map_err(Error::step("give up new privileges"))?;
-    if kernel.refuses_executable_memory {
-        sys::refuse_executable_memory().map_err(Error::step("refuse executable memory"))?;
-    }
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(Error::step("refuse to be traced"))?;
-    enter_landlock(kernel.landlock)?;
+    shut(&kernel)?;
     Ok(kernel)
 }
 
@@ -48,13 +43,18 @@ pub fn confine(limits: &Limits, floor: Floor) -> Result<Kernel> {
 pub fn enclose() -> Result<Kernel> {
     let kernel = Kernel::running();
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(Error::step("set a limit"))?;
+    shut(&kernel)?;
+    Ok(kernel)
+}
+
+/// What can be given up anywhere, with Landlock at last.
+fn shut(kernel: &Kernel) -> Result<()> {
     set_no_new_privs(true).map_err(Error::step("give up new privileges"))?;
     if kernel.refuses_executable_memory {
         sys::refuse_executable_memory().map_err(Error::step("refuse executable memory"))?;
     }
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(Error::step("refuse to be traced"))?;
-    enter_landlock(kernel.landlock)?;
-    Ok(kernel)
+    enter_landlock(kernel.landlock)
 }
 
 /// A new user namespace would bring all capabilities back, dropped or not. The limit is per namespace and is inherited.

@@ -30,15 +30,20 @@ pub fn make(name: &str) -> io::Result<OwnedFd> {
 /// # Errors
 /// The system's, or that the file has less than a page.
 pub fn map<const N: usize>(file: OwnedFd) -> io::Result<Words<N>> {
-    let file = File::from(file);
-    if file.metadata()?.len() < SIZE.try_into().unwrap_or(u64::MAX) {
-        return Err(io::Error::other("The file is too short"));
-    }
-    let page: MmapRegion = MmapRegion::from_file(FileOffset::new(file, 0), SIZE).map_err(io::Error::other)?;
-    let page: &'static MmapRegion = Box::leak(Box::new(page));
+    let page = map_for_ever(file, SIZE)?;
     let places = (0..N).map(|index| page.get_atomic_ref(index.saturating_mul(8)).map_err(io::Error::other));
     let places = places.collect::<io::Result<Vec<_>>>()?;
     places.try_into().map_err(|_| io::Error::other("The file has no room for so many numbers"))
+}
+
+/// Maps the first bytes of a file for as long as the process lives.
+pub(crate) fn map_for_ever(file: OwnedFd, bytes: usize) -> io::Result<&'static MmapRegion> {
+    let file = File::from(file);
+    if file.metadata()?.len() < bytes.try_into().unwrap_or(u64::MAX) {
+        return Err(io::Error::other("it is too short"));
+    }
+    let region = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(io::Error::other)?;
+    Ok(Box::leak(Box::new(region)))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
+use rustix::fs::fdatasync;
 use virtio::OwnedBuffer;
 
 use crate::engine::{Done, Engine, File, Work};
@@ -22,7 +22,6 @@ enum Task {
     Read(u64, OwnedBuffer),
     Write(u64, OwnedBuffer),
     Sync,
-    Allocate(FallocateFlags, u64, u64),
 }
 
 #[derive(Debug)]
@@ -77,7 +76,6 @@ fn carry_out(file: &File, task: &Task) -> io::Result<u32> {
             Task::Read(offset, data) => data.as_buffer().read_from(file.as_fd(), Some(*offset)),
             Task::Write(offset, data) => data.as_buffer().write_to(file.as_fd(), Some(*offset)),
             Task::Sync => fdatasync(file).map(|()| 0).map_err(Into::into),
-            Task::Allocate(how, offset, len) => fallocate(file, *how, *offset, *len).map(|()| 0).map_err(Into::into),
         };
         match outcome {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -110,13 +108,10 @@ impl Pool {
 
 impl Engine for Pool {
     fn begin(&mut self, id: u64, file: &File, work: Work<'_>) -> io::Result<()> {
-        let keep = FallocateFlags::KEEP_SIZE;
         let task = match work {
             Work::Read { offset, data } => Task::Read(offset, data.detached()),
             Work::Write { offset, data } => Task::Write(offset, data.detached()),
             Work::Sync => Task::Sync,
-            Work::Punch { offset, len } => Task::Allocate(keep | FallocateFlags::PUNCH_HOLE, offset, len),
-            Work::Zero { offset, len } => Task::Allocate(keep | FallocateFlags::ZERO_RANGE, offset, len),
         };
         self.collected.push(Job { id, file: file.clone(), task, to: Arc::clone(&self.outcomes) });
         self.in_flight += 1;

@@ -14,7 +14,6 @@ use io_uring::register::Restriction;
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, opcode};
-use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use virtio::Buffer;
 
@@ -64,14 +63,7 @@ impl Uring {
             .build(ENTRIES)?;
         let submitter = ring.submitter();
         submitter.register_iowq_max_workers(&mut [WORKERS, WORKERS])?;
-        let codes = [
-            opcode::Read::CODE,
-            opcode::Readv::CODE,
-            opcode::Write::CODE,
-            opcode::Writev::CODE,
-            opcode::Fsync::CODE,
-            opcode::Fallocate::CODE,
-        ];
+        let codes = [opcode::Read::CODE, opcode::Readv::CODE, opcode::Write::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
         let mut rules: Vec<Restriction> = codes.into_iter().map(Restriction::sqe_op).collect();
         rules.push(Restriction::sqe_flags_allowed(Flags::empty().bits()));
         submitter.register_restrictions(&mut rules)?;
@@ -99,12 +91,6 @@ impl Uring {
                 Place::Many(list, count) => opcode::Writev::new(fd, list, count).offset(offset).build(),
             },
             Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-            Work::Punch { offset, len } => {
-                opcode::Fallocate::new(fd, len).offset(offset).mode(mode(FallocateFlags::PUNCH_HOLE)).build()
-            }
-            Work::Zero { offset, len } => {
-                opcode::Fallocate::new(fd, len).offset(offset).mode(mode(FallocateFlags::ZERO_RANGE)).build()
-            }
         })
     }
 
@@ -149,10 +135,6 @@ impl Uring {
 enum Place {
     One(*mut u8, u32),
     Many(*const libc::iovec, u32),
-}
-
-fn mode(how: FallocateFlags) -> i32 {
-    (how | FallocateFlags::KEEP_SIZE).bits().cast_signed()
 }
 
 impl Engine for Uring {

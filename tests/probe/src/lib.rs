@@ -27,6 +27,7 @@ pub mod blk;
 pub mod device;
 pub mod link;
 pub mod memory;
+pub mod owner;
 pub mod random;
 pub mod ring;
 pub mod rng;

@@ -12,15 +12,15 @@
 
 #![warn(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{MmapRegion, VolatileMemory};
 
 use super::Family;
 use crate::memory::sealed_memfd;
+use crate::words::map_for_ever;
 
 /// Room for 42 families and 1024 values. A device with 64 queues has 256 values for its rings and a handful of its own.
 pub const SIZE: usize = 16 * 1024;
@@ -85,14 +85,8 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) fn map(page: OwnedFd) -> Result<Writer, Error> {
-        let file = File::from(page);
-        let long_enough = file.metadata().map_err(Error::Map)?.len() >= SIZE.try_into().unwrap_or(u64::MAX);
-        if !long_enough {
-            return Err(Error::Map(io::Error::other("it is too short")));
-        }
-        let mapped = MmapRegion::from_file(FileOffset::new(file, 0), SIZE);
-        let page = mapped.map_err(|error| Error::Map(io::Error::other(error)))?;
-        Ok(Writer { page: Box::leak(Box::new(page)), families: 0.into(), values: 0.into() })
+        let page = map_for_ever(page, SIZE).map_err(Error::Map)?;
+        Ok(Writer { page, families: 0.into(), values: 0.into() })
     }
 
     /// Adds a family and gives the places of its values.

@@ -8,8 +8,7 @@
 //! what they count has to be what they use, but for leaks.
 
 use std::fs::{self, File};
-use std::io::{IoSlice, Read};
-use std::mem::MaybeUninit;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -19,11 +18,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use image::{Create, FileStorage, Format, Image, Layer, Options, Storage, check, create};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use sandbox::lock_file;
 
 use super::Report;
 use crate::link::Backend;
+use crate::owner;
 
 /// Images of a chain before it is read through.
 const LONGEST: usize = 8;
@@ -95,13 +94,7 @@ impl Snapshots {
         let sent = OwnedFd::from(File::options().read(true).write(true).open(&path).with_context(cannot)?);
         create(&FileStorage::new(file.into())?, &Create { size: self.bytes, backing, ..Create::default() })
             .with_context(cannot)?;
-        let stream = UnixStream::connect(self.control()).context("Cannot reach the backend's control socket")?;
-        let fds = [sent.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut with = SendAncillaryBuffer::new(&mut space);
-        with.push(SendAncillaryMessage::ScmRights(&fds));
-        let line = b"{\"command\": \"snapshot\"}\n";
-        sendmsg(&stream, &[IoSlice::new(line)], &mut with, SendFlags::NOSIGNAL).context("Cannot ask for a snapshot")?;
+        let stream = owner::say(&self.control(), r#"{"command": "snapshot"}"#, Some(sent.as_fd()))?;
         self.asked = Some((path, stream));
         Ok(())
     }

@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
-use std::io::{IoSlice, Read};
-use std::mem::MaybeUninit;
+use std::io::Read;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -16,7 +15,6 @@ use std::thread;
 use probe::blk::{Disk, Kind, Status};
 use probe::device::{Device, Shape};
 use probe::ring::Buffer;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 use suite::tracer::{Filters, Tracer, can_trace};
 use suite::{Scratch, Server, program, root, run, wait_for};
@@ -155,14 +153,7 @@ fn a_disk_makes_every_call_it_may_make() {
 
 /// Tells a disk something, perhaps with an overlay, and gives its answer.
 fn tell(control: &Path, line: &str, overlay: Option<&fs::File>) -> String {
-    let mut stream = UnixStream::connect(control).unwrap();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut with = SendAncillaryBuffer::new(&mut space);
-    let fds: Vec<_> = overlay.iter().map(|file| file.as_fd()).collect();
-    if !fds.is_empty() {
-        with.push(SendAncillaryMessage::ScmRights(&fds));
-    }
-    sendmsg(&stream, &[IoSlice::new(line.as_bytes()), IoSlice::new(b"\n")], &mut with, SendFlags::NOSIGNAL).unwrap();
+    let mut stream = probe::owner::say(control, line, overlay.map(AsFd::as_fd)).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
