@@ -4,7 +4,7 @@
 //! whose name is gone has ended: what is left in it is read, and then either there is a new one, or the machine has ended.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -45,9 +45,16 @@ impl Journal {
         }
     }
 
+    /// Each step replaces a name that is there by another file: whoever looks finds a file under the journal's name at any time, and
+    /// under the older one's the one before it, or that same one.
     fn rotate(&mut self) -> io::Result<()> {
-        fs::rename(&self.path, older(&self.path))?;
-        self.file = create(&self.path)?;
+        let aside = self.path.with_extension("new");
+        // What an attempt left that found no room.
+        drop(fs::remove_file(&aside));
+        fs::hard_link(&self.path, &aside)?;
+        fs::rename(&aside, older(&self.path))?;
+        self.file = create(&aside)?;
+        fs::rename(&aside, &self.path)?;
         self.size = 0;
         Ok(())
     }
@@ -70,10 +77,15 @@ impl Reader {
     /// From the first line that is kept.
     pub fn open(path: PathBuf) -> Result<Self> {
         let mut reader = Self { path, file: None, partial: Vec::new(), lines: VecDeque::new() };
-        if let Ok(mut old) = File::open(older(&reader.path)) {
+        // The newer one first: whatever is written meanwhile, it is this one or comes after it. The name of the older one may have
+        // become its own by then.
+        let file = File::open(&reader.path).with_context(|| format!("Cannot open {}", reader.path.display()))?;
+        if let Ok(mut old) = File::open(older(&reader.path))
+            && !is_same(old.metadata(), file.metadata())
+        {
             reader.read(&mut old)?;
         }
-        reader.file = Some(File::open(&reader.path).with_context(|| format!("Cannot open {}", reader.path.display()))?);
+        reader.file = Some(file);
         Ok(reader)
     }
 
@@ -102,10 +114,7 @@ impl Reader {
     }
 
     fn is_named(&self, file: &File) -> bool {
-        match (file.metadata(), fs::metadata(&self.path)) {
-            (Ok(open), Ok(named)) => (open.dev(), open.ino()) == (named.dev(), named.ino()),
-            _ => false,
-        }
+        is_same(file.metadata(), fs::metadata(&self.path))
     }
 
     /// Reads what there is. Was there anything?
@@ -122,8 +131,17 @@ impl Reader {
     }
 }
 
+fn is_same(one: io::Result<Metadata>, other: io::Result<Metadata>) -> bool {
+    match (one, other) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     fn scratch(name: &str) -> PathBuf {
@@ -168,5 +186,28 @@ mod tests {
         journal.append("last");
         fs::remove_file(&path).unwrap();
         assert_eq!(follower.join().unwrap(), ["first", "second", "third", "last"]);
+    }
+
+    #[test]
+    fn there_is_never_a_moment_without_a_file() {
+        let path = scratch("moment");
+        let mut journal = Journal::new(path.clone(), 1 << 20).unwrap();
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // To a follower, a name that is gone is the end of the machine.
+            let looks = scope.spawn(|| {
+                let mut looks = 0;
+                while !ended.load(Ordering::Relaxed) {
+                    assert!(fs::metadata(&path).is_ok(), "gone at look {looks}");
+                    looks += 1;
+                }
+                looks
+            });
+            for _ in 0..20_000 {
+                journal.rotate().unwrap();
+            }
+            ended.store(true, Ordering::Relaxed);
+            assert!(looks.join().unwrap() > 1000);
+        });
     }
 }
