@@ -241,17 +241,22 @@ fn make(args: &ImageCreate) -> Result<u8> {
         backing,
         ..Create::default()
     };
-    let file = File::options().read(true).write(true).create_new(true).open(&args.path);
-    let file = file.with_context(|| format!("Cannot make image {path}"))?;
-    let made = storage(file, &args.path).and_then(|storage| fill(raw, &*storage, &options));
-    if made.is_err() {
-        // It is ours: nothing was there before.
-        drop(fs::remove_file(&args.path));
-    }
-    made.with_context(|| format!("Cannot make image {path}"))?;
+    let filled = |file: &File| fill(raw, &FileStorage::new(file.try_clone()?.into())?, &options);
+    new_file(&args.path, filled).with_context(|| format!("Cannot make image {path}"))?;
     let kind = format(args.format).name();
     notices::answer(&format!("{path}: an empty {kind} image of {}\n", self::bytes(bytes)))?;
     Ok(0)
+}
+
+/// A file where nothing is yet, with what `fill` puts into it. Nothing is left of one that cannot be filled.
+pub fn new_file(path: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<File> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    let filled = fill(&file);
+    if filled.is_err() {
+        // It is ours: nothing was there before.
+        drop(fs::remove_file(path));
+    }
+    filled.map(|()| file)
 }
 
 fn fill(raw: bool, storage: &dyn Storage, options: &Create) -> Result<()> {

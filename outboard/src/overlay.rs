@@ -22,16 +22,8 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// An overlay at a path where nothing is yet, on this image.
 pub fn named(path: &Path, bytes: u64, base: &Image) -> Result<File> {
-    let made = || -> Result<File> {
-        let file = File::options().read(true).write(true).create_new(true).open(path)?;
-        let filled = fill(&file, bytes, base, true).and_then(|()| keep(path));
-        if filled.is_err() {
-            // It is ours: nothing was there before.
-            drop(fs::remove_file(path));
-        }
-        filled.map(|()| file)
-    };
-    made().with_context(|| format!("Cannot make the overlay {}", path.display()))
+    let made = images::new_file(path, |file| fill(file, bytes, base, true).and_then(|()| keep(path)));
+    made.with_context(|| format!("Cannot make the overlay {}", path.display()))
 }
 
 /// The same beside a file whose place it will take, with that file's mode.

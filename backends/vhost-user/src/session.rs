@@ -22,9 +22,8 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::message::BackendReq;
-use virtio::event;
-
 use virtio::dirty::LOG_ALL;
+use virtio::event;
 
 use crate::features::{self, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::frontend::{Frontend, Inflight, MAX_CONFIG, RegionEntry, RingAddresses};

@@ -3,8 +3,9 @@
 //! # Theory of operation
 //!
 //! One walk over all tables counts who points at each cluster: one bit for each cluster of the file, and one byte where some have
-//! more than one user (internal snapshots, compressed clusters). A second walk compares that with the refcounts. Counted and not used is a leak, which is harmless, and
-//! is what a crash leaves. Used and not counted, or used for two things, is corruption: somebody may overwrite it one day.
+//! more than one user (internal snapshots, compressed clusters). A second walk compares that with the refcounts. Counted and not used
+//! is a leak, which is harmless, and is what a crash leaves. Used and not counted, or used for two things, is corruption: somebody may
+//! overwrite it one day.
 //!
 //! Memory: 2 MiB for a file of 1 TiB at 64 KiB clusters, and as far as clusters are shared up to 16 MiB more; the tables themselves
 //! go by in pages.
