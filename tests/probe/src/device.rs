@@ -135,6 +135,27 @@ impl Device {
         self.rings.get_mut(usize::from(queue))?.submit(&self.memory, buffers)
     }
 
+    /// Lays a request out in a queue without offering it. `None` if there is no room.
+    pub fn prepare(&mut self, queue: u16, buffers: &[Buffer]) -> Option<u16> {
+        self.rings.get_mut(usize::from(queue))?.prepare(&self.memory, buffers)
+    }
+
+    /// Offers a request that is laid out, for the first time or again.
+    pub fn offer(&mut self, queue: u16, head: u16) {
+        if let Some(ring) = self.rings.get_mut(usize::from(queue)) {
+            ring.offer(&self.memory, head);
+        }
+    }
+
+    /// The next completion of a queue whose request stays laid out.
+    ///
+    /// # Errors
+    /// What the device must not do.
+    pub fn used(&mut self, queue: u16) -> Result<Option<Used>> {
+        let Some(ring) = self.rings.get_mut(usize::from(queue)) else { bail!("There is no queue {queue}") };
+        ring.used(&self.memory)
+    }
+
     /// Tells the backend of what was put into a queue, if it wants to be told.
     pub fn kick(&mut self, queue: u16) {
         let Some(ring) = self.rings.get_mut(usize::from(queue)) else { return };

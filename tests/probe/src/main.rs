@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use probe::args::{Attack, Blk, Command, Rings, Storm, StormOf, Verb};
 use probe::attack::{self, Case, THEMES, Verdict, Victim};
-use probe::blk::bench::{self, Load};
+use probe::blk::bench;
 use probe::blk::{Disk, FEATURES, nbd, verify};
 use probe::device::{Device, Shape};
 use probe::link::{Backend, connect};
@@ -58,8 +58,9 @@ fn run(verb: Verb) -> Result<bool> {
             eprintln!("The disk is at nbd+unix:///?socket={}", listen.display());
             nbd::serve(&mut disk, &listener).map(|()| true)
         }
-        Verb::Blk(Blk::Bench { socket, load, block_size, depth, seconds, json, rings }) => {
-            measure(&socket, load, block_size, depth, seconds, json, rings)
+        Verb::Blk(Blk::Bench { socket, load, block_size: size, depth, seconds, poll, json, rings }) => {
+            let time = Duration::try_from_secs_f64(seconds).context("--seconds is a time")?;
+            measure(&socket, bench::Plan { load, size, depth, time, poll, seed: rings.seed }, json, rings)
         }
         Verb::Storm { what: StormOf::Blk { snapshots, plan } } => {
             kill(&plan, |backend, how, progress| storm::blk(backend, snapshots.as_deref(), how, progress))
@@ -186,18 +187,15 @@ fn check(socket: &Path, length: Option<u64>, block_size: u32, depth: usize, ring
     Ok(report.wrong == 0)
 }
 
-fn measure(socket: &Path, load: Load, block_size: u32, depth: usize, seconds: f64, json: bool, rings: Rings) -> Result<bool> {
-    aligned(0, block_size.into())?;
-    // As a kernel's driver has them: otherwise it would be measured how somebody copies.
-    let (shape, page) = (rings.shape(depth, block_size), 4096);
-    let mut disk = Disk::open_aligned(connect(socket)?, shape, depth, block_size, rings.seed, page)?;
-    let time = Duration::try_from_secs_f64(seconds).context("--seconds is a time")?;
-    let report = bench::run(&mut disk, load, block_size, time, rings.seed)?;
-    let (p50, p99) = (report.p50.as_micros(), report.p99.as_micros());
+fn measure(socket: &Path, plan: bench::Plan, json: bool, rings: Rings) -> Result<bool> {
+    aligned(0, plan.size.into())?;
+    let mut disk = Disk::open(connect(socket)?, rings.shape(plan.depth, plan.size), 0, plan.size, plan.seed)?;
+    let report = bench::run(&mut disk, plan)?;
+    let [p50, p99] = [report.p50, report.p99].map(|time| time.as_secs_f64() * 1e6);
     if json {
         println!("{}", json!({"requests_per_second": report.rate(), "p50_us": p50, "p99_us": p99, "requests": report.requests}));
     } else {
-        println!("{:.0} requests/s, p50 {p50} us, p99 {p99} us", report.rate());
+        println!("{:.0} requests/s, p50 {p50:.1} us, p99 {p99:.1} us", report.rate());
     }
     Ok(true)
 }

@@ -79,6 +79,13 @@ impl Ring {
 
     /// Puts a request into the ring; `None` if there is no room. The device is told by [`Ring::needs_kick`].
     pub fn submit(&mut self, memory: &Memory, buffers: &[Buffer]) -> Option<u16> {
+        let head = self.prepare(memory, buffers)?;
+        self.offer(memory, head);
+        Some(head)
+    }
+
+    /// Lays a request out without offering it; `None` if there is no room.
+    pub fn prepare(&mut self, memory: &Memory, buffers: &[Buffer]) -> Option<u16> {
         let descriptors = if self.indirect.is_some() { 1 } else { buffers.len() };
         if self.free.len() < descriptors || buffers.is_empty() {
             return None;
@@ -96,12 +103,16 @@ impl Ring {
             }
             None => chain(memory, self.place.desc, &taken, buffers),
         }
+        *self.out.get_mut(usize::from(head))? = Some(taken);
+        Some(head)
+    }
+
+    /// Offers a request that is laid out: for the first time, or again after [`Ring::used`].
+    pub fn offer(&mut self, memory: &Memory, head: u16) {
         let slot = u64::from(self.next_avail % self.place.size);
         memory.store(self.place.avail + 4 + 2 * slot, head, Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
         memory.store(self.place.avail + 2, self.next_avail, Ordering::Release);
-        *self.out.get_mut(usize::from(head))? = Some(taken);
-        Some(head)
     }
 
     /// Whether the device wants to be told of what was put in since the last time.
@@ -124,6 +135,18 @@ impl Ring {
     /// # Errors
     /// See above.
     pub fn completion(&mut self, memory: &Memory) -> Result<Option<Used>> {
+        let Some(used) = self.used(memory)? else { return Ok(None) };
+        let descriptors = self.out.get_mut(usize::from(used.head)).and_then(Option::take);
+        let Some(descriptors) = descriptors else { bail!("descriptor {} was given back without being out", used.head) };
+        self.free.extend(descriptors);
+        Ok(Some(used))
+    }
+
+    /// Takes the next completion of a request that stays laid out, to be offered again.
+    ///
+    /// # Errors
+    /// An index or a head that cannot be.
+    pub fn used(&mut self, memory: &Memory) -> Result<Option<Used>> {
         let index = memory.load(self.place.used + 2, Ordering::Acquire);
         if index == self.last_used {
             return Ok(None);
@@ -137,10 +160,10 @@ impl Ring {
         let [a, b, c, d, e, f, g, h] = element;
         let (id, len) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
         self.last_used = self.last_used.wrapping_add(1);
-        let descriptors = usize::try_from(id).ok().and_then(|id| self.out.get_mut(id)).and_then(Option::take);
-        let Some(descriptors) = descriptors else { bail!("descriptor {id} was given back without being out") };
-        self.free.extend(descriptors);
-        Ok(Some(Used { head: u16::try_from(id)?, len }))
+        let Some(head) = u16::try_from(id).ok().filter(|head| *head < self.place.size) else {
+            bail!("descriptor {id} was given back without being out")
+        };
+        Ok(Some(Used { head, len }))
     }
 
     /// Asks to be interrupted for the next completion. `true`: there is one already, do not wait.

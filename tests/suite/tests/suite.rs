@@ -17,6 +17,7 @@ mod suite {
     mod hostile;
     mod kills;
     mod late_writes;
+    mod measures;
     mod migration;
     mod nbd;
     mod outside;

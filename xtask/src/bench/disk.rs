@@ -12,8 +12,8 @@ use crate::debian;
 
 const SECONDS: &str = "0.7";
 
-/// Descriptors of a ring, as QEMU gives them to its guests, and where 128 requests of several buffers each have to have room.
-const RINGS: [&str; 2] = ["256", "1024"];
+/// Descriptors of a ring, as QEMU gives them to its guests; Linux puts each request into a table of its own.
+const RING: &str = "256";
 
 /// Bytes of a disk that is written to where it has nothing yet: more than is written in all rounds.
 const EMPTY: &str = "8G";
@@ -77,6 +77,8 @@ struct Shape {
     block: u32,
     depth: u32,
     queues: u32,
+    /// The client looks for completions all the time, instead of sleeping until one is announced.
+    polls: bool,
 }
 
 /// What one run gives.
@@ -97,13 +99,16 @@ pub(crate) fn parts() -> Vec<Part> {
     };
     for case in [Null, PageRead, PageWrite, DirectRead, DirectWrite, Qcow2Read, Qcow2Rewrite, Qcow2Allocate] {
         for depth in [1, 32, 128] {
-            add(case, Shape { block: 4, depth, queues: 1 });
+            add(case, Shape { block: 4, depth, queues: 1, polls: false });
         }
-        add(case, Shape { block: 4, depth: 32, queues: 2 });
+        for depth in [1, 32] {
+            add(case, Shape { block: 4, depth, queues: 1, polls: true });
+        }
+        add(case, Shape { block: 4, depth: 32, queues: 2, polls: false });
     }
     for case in [PageRead, PageWrite, DirectRead, DirectWrite] {
         for depth in [1, 32] {
-            add(case, Shape { block: 64, depth, queues: 1 });
+            add(case, Shape { block: 64, depth, queues: 1, polls: false });
         }
     }
     parts.push(Part::new("qcow2 beside raw", beside_raw));
@@ -113,7 +118,10 @@ pub(crate) fn parts() -> Vec<Part> {
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} KiB, depth {}", self.block, self.depth)?;
-        if self.queues == 1 { Ok(()) } else { write!(f, ", {} queues", self.queues) }
+        if self.queues != 1 {
+            write!(f, ", {} queues", self.queues)?;
+        }
+        if self.polls { write!(f, ", polled") } else { Ok(()) }
     }
 }
 
@@ -154,7 +162,7 @@ fn compare(bench: &Bench, case: Case, shape: Shape) -> Result<Vec<Row>> {
 
 /// What our own format costs, beside our own raw disk with the same content.
 fn beside_raw(bench: &Bench) -> Result<Vec<Row>> {
-    let shape = Shape { block: 4, depth: 32, queues: 1 };
+    let shape = Shape { block: 4, depth: 32, queues: 1, polls: false };
     let (mut with, mut without) = (Vec::new(), Vec::new());
     let images = [image(bench, Qcow2Read)?, image(bench, PageRead)?];
     for _ in bench.turns(5) {
@@ -234,8 +242,7 @@ fn measure(bench: &Bench, server: Command, theirs: bool, load: &str, shape: Shap
     let [bytes, depth, queues] = [shape.block * 1024, shape.depth, shape.queues].map(|number| number.to_string());
     let mut probe = Command::new(bench.program("outboard-probe"));
     probe.args(["blk", "bench", "--json", "--seconds", SECONDS, "--load", load, "--block-size", &bytes, "--depth", &depth]);
-    let ring = RINGS[usize::from(shape.depth > 32)];
-    probe.args(["--queues", &queues, "--queue-size", ring]);
+    probe.args(["--queues", &queues, "--queue-size", RING, "--indirect"]).args(shape.polls.then_some("--poll"));
     let name = if theirs { "qemu-storage-daemon" } else { "outboard-blk" };
     let told = process::told(probe.arg(&socket)).with_context(|| format!("{name} was not measured"))?;
     let answer: serde_json::Value = serde_json::from_slice(&told).context("The probe gave no JSON")?;

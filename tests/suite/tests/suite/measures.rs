@@ -1,0 +1,62 @@
+//! What `outboard-probe blk bench` says of a disk is what the disk has done.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::process::Command;
+
+use rustix::io::FdFlags;
+use suite::{Scratch, Server, program, run};
+use virtio::metrics::page;
+
+/// Measures a disk of 8 MiB: what the probe says, and what the disk counted (reads, read bytes, writes, written bytes).
+fn measured(words: &[&str]) -> (serde_json::Value, [u64; 4]) {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", 8 << 20);
+    let counters = page::make().unwrap();
+    rustix::io::fcntl_setfd(&counters, FdFlags::empty()).unwrap();
+    let number = counters.as_raw_fd().to_string();
+    let disk = ["--format", "raw", "--blk-file", image.to_str().unwrap(), "--num-queues", "2", "--metrics-fd", &number];
+    let server = Server::start("outboard-blk", &scratch, &disk);
+    let mut probe = Command::new(program("outboard-probe"));
+    probe.args(["blk", "bench", "--json", "--seconds", "0.05"]).args(words).arg(&server.socket);
+    let ended = run(&mut probe);
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{words:?}");
+    let counted = page::read(counters.as_fd());
+    let value = |name| counted.iter().find(|one| one.name == name).map_or(0, |one| one.values.iter().sum());
+    (serde_json::from_str(&ended.out).unwrap(), ["blk_reads", "blk_read_bytes", "blk_writes", "blk_written_bytes"].map(value))
+}
+
+#[test]
+fn a_bench_counts_what_the_disk_has_served() {
+    for (words, writes, size) in [
+        (&[][..], false, 4096),
+        (&["--load", "randwrite", "--poll"], true, 4096),
+        (&["--load", "read", "--indirect", "--queue-size", "64", "--depth", "64", "--block-size", "512"], false, 512),
+        (&["--load", "write", "--queues", "2", "--depth", "5", "--no-event-idx", "--block-size", "65536"], true, 65536),
+        (&["--load", "randread", "--depth", "1", "--seed", "9"], false, 4096),
+    ] {
+        let (said, [reads, read, written, bytes]) = measured(words);
+        let requests = said["requests"].as_u64().unwrap();
+        let expected = if writes { [0, 0, requests, requests * size] } else { [requests, requests * size, 0, 0] };
+        assert!(requests > 0, "{words:?}: {said}");
+        assert_eq!([reads, read, written, bytes], expected, "{words:?}: {said}");
+        let [half, most, rate] = ["p50_us", "p99_us", "requests_per_second"].map(|name| said[name].as_f64().unwrap());
+        assert!(0.0 < half && half <= most && rate > 0.0, "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn a_bench_says_why_it_cannot_be() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", 4096);
+    let server =
+        Server::start("outboard-blk", &scratch, &["--format", "raw", "--blk-file", image.to_str().unwrap(), "--read-only"]);
+    for (words, reason) in [
+        (&["--block-size", "8192"][..], "The disk is smaller than one request"),
+        (&["--depth", "64"], "no room for this depth"),
+        (&["--block-size", "1000"], "multiples of 512"),
+        (&["--load", "write"], "the disk answered IoError"),
+    ] {
+        let ended = run(Command::new(program("outboard-probe")).args(["blk", "bench"]).args(words).arg(&server.socket));
+        assert!(ended.code == Some(1) && ended.err.contains(reason), "{words:?}: {}", ended.err);
+    }
+}
