@@ -317,7 +317,7 @@ impl DiskQueue {
         let answer = request.answer_len();
         let (sort, began) = (Sort::of(request), self.batch.began());
         self.shared.limits.pay(sort.bytes(request));
-        *self.job(ticket) = Job::new(answer, sort, began);
+        self.job(ticket).begin(answer, sort, began);
         let begun = self.begin(ticket, request, attempt);
         self.job(ticket).begun();
         self.job(ticket).note(begun);

@@ -81,8 +81,9 @@ impl Ranges {
     }
 }
 
-/// What is asked for. The data is where the chain has it.
-#[derive(Clone, Copy, Debug)]
+/// What is asked for. The data is where the chain has it. Ranges are rare and large, so they are kept apart: reads and writes would be
+/// copied with room for them.
+#[derive(Clone, Debug)]
 pub enum Request<'a> {
     /// Disk to guest.
     Read {
@@ -101,9 +102,9 @@ pub enum Request<'a> {
     /// Make all completed writes durable.
     Flush,
     /// The content does not matter any more.
-    Discard(Ranges),
+    Discard(Box<Ranges>),
     /// The content becomes zero.
-    WriteZeroes(Ranges),
+    WriteZeroes(Box<Ranges>),
     /// The serial number.
     GetId(Buffer<'a>),
     /// How worn the medium is.
@@ -203,9 +204,9 @@ fn extent(sector: u64, len: u32, limits: &Limits) -> Result<u64, Status> {
 }
 
 /// The ranges of a discard or write-zeroes request, of whose flags only `known` ones may be set.
-fn ranges(sent: Buffer<'_>, known: u32, limits: &Limits) -> Result<Ranges, Status> {
+fn ranges(sent: Buffer<'_>, known: u32, limits: &Limits) -> Result<Box<Ranges>, Status> {
     writable(limits)?;
-    let mut ranges = Ranges::default();
+    let mut ranges = Box::<Ranges>::default();
     let mut rest = sent;
     while !rest.is_empty() {
         let (bytes, after) = rest.take_array::<RANGE>().ok_or(Status::IoError)?;

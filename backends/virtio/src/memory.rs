@@ -15,6 +15,7 @@
 #![expect(unsafe_code, reason = "maps guest memory and hands its pieces to the kernel as I/O vectors")]
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 pub const MAX_REGIONS: usize = 509;
 
 /// Most pieces of memory given to one I/O call; the caller comes again for the rest. Linux's block driver sends up to 254 pieces
-/// in one request but few in most, and a kilobyte of vectors on the stack costs less to prepare than the call itself.
+/// in one request but few in most.
 const MAX_IOVECS: usize = 64;
 
 /// What can be wrong with announced memory, or with an address in it.
@@ -365,14 +366,15 @@ impl Memory {
         offset: Option<u64>,
         patience: Patience,
     ) -> io::Result<usize> {
-        let vectors = self.vectors(spans);
-        let count = i32::try_from(vectors.count).map_err(|_| Errno::INVAL)?;
+        let mut room = Vectors::ROOM;
+        let (vectors, count) = self.vectors(&mut room, spans);
         let at = position(offset)?;
         let flags = if patience == Patience::Never { libc::RWF_NOWAIT } else { 0 };
-        // SAFETY: each vector points at `len` bytes of a shared mapping that `self` keeps mapped during the call, writable by
-        // construction. Rust has no reference to those bytes (they are only ever touched through volatile accesses), so the
-        // kernel's writes alias nothing. The array of vectors lives until the call returns and is only read.
-        let got = unsafe { libc::preadv2(file.as_raw_fd(), vectors.list.as_ptr(), count, at, flags) };
+        // SAFETY: each of the `count` vectors points at `len` bytes of a shared mapping that `self` keeps mapped during the call, writable
+        // by construction. Rust has no reference to those bytes (they are only ever touched through volatile accesses), so the
+        // kernel's writes alias nothing. The array of vectors lives until the call returns and is only read. The C library's own
+        // function is a cancellation point, which costs as much as the kernel's way in; the high half of the position is in the low one.
+        let got = unsafe { libc::syscall(libc::SYS_preadv2, file.as_raw_fd(), vectors, count, at, 0, flags) };
         usize::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
@@ -381,12 +383,12 @@ impl Memory {
     /// # Errors
     /// As [`Memory::read_file`].
     pub fn write_file(&self, spans: impl Iterator<Item = Span>, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
-        let vectors = self.vectors(spans);
-        let count = i32::try_from(vectors.count).map_err(|_| Errno::INVAL)?;
+        let mut room = Vectors::ROOM;
+        let (vectors, count) = self.vectors(&mut room, spans);
         let at = position(offset)?;
         // SAFETY: as in `read_file`; the kernel only reads the bytes. The guest may change them meanwhile, which is its own
         // affair: what reaches the file is then some mixture of what the guest wrote.
-        let put = unsafe { libc::pwritev2(file.as_raw_fd(), vectors.list.as_ptr(), count, at, 0) };
+        let put = unsafe { libc::syscall(libc::SYS_pwritev2, file.as_raw_fd(), vectors, count, at, 0, 0) };
         usize::try_from(put).map_err(|_| io::Error::last_os_error())
     }
 
@@ -396,15 +398,15 @@ impl Memory {
         (slice.ptr_guard_mut().as_ptr(), slice.len())
     }
 
-    fn vectors(&self, spans: impl Iterator<Item = Span>) -> Vectors {
-        let none = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
-        let mut vectors = Vectors { list: [none; MAX_IOVECS], count: 0 };
-        for (vector, span) in vectors.list.iter_mut().zip(spans) {
+    /// As many spans as there is room for: where the vectors begin, and how many there are.
+    fn vectors(&self, room: &mut Vectors, spans: impl Iterator<Item = Span>) -> (*const libc::iovec, usize) {
+        let mut count = 0;
+        for (vector, span) in room.0.iter_mut().zip(spans) {
             let slice = self.slice(span);
-            *vector = libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
-            vectors.count += 1;
+            vector.write(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+            count += 1;
         }
-        vectors
+        (room.0.as_ptr().cast(), count)
     }
 }
 
@@ -417,10 +419,11 @@ pub enum Patience {
     Never,
 }
 
-/// I/O vectors for one call, on the stack.
-struct Vectors {
-    list: [libc::iovec; MAX_IOVECS],
-    count: usize,
+/// Room for the vectors of one call, on the stack. Most calls have one, so the rest is not even cleared.
+struct Vectors([MaybeUninit<libc::iovec>; MAX_IOVECS]);
+
+impl Vectors {
+    const ROOM: Vectors = Vectors([const { MaybeUninit::uninit() }; MAX_IOVECS]);
 }
 
 fn position(offset: Option<u64>) -> io::Result<i64> {

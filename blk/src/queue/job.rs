@@ -43,9 +43,12 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// One that is being begun: that counts as an operation, so that it does not end before all of it was begun.
-    pub(super) fn new(answer: u32, sort: Sort, began: Instant) -> Job {
-        Job { answer, left: 1, sort, began: Some(began), ..Job::default() }
+    /// Becomes one that is being begun: that counts as an operation, so that it does not end before all of it was begun.
+    pub(super) fn begin(&mut self, answer: u32, sort: Sort, began: Instant) {
+        let mut moves = std::mem::take(&mut self.moves);
+        // Its memory serves one request after the other.
+        moves.clear();
+        *self = Job { answer, left: 1, sort, began: Some(began), moves, ..Job::default() };
     }
 
     /// All of it is begun.

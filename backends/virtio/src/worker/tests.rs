@@ -1,5 +1,6 @@
 //! A thread, its queue, and both ways out.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -7,6 +8,7 @@ use std::thread;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
+use crate::memory::Memory;
 use crate::memory::tests::guest;
 use crate::queue::Config;
 
@@ -19,21 +21,24 @@ impl Serve for Echo {
     }
 }
 
-#[test]
-fn a_queue_is_handed_over_served_and_given_back() {
-    let memory = Arc::new(guest(&[(0, 0x10000)]));
+/// A ring of eight with as many requests of 16 writable bytes each, in this memory: and its call descriptor.
+fn ring(memory: &Arc<Memory>, requests: u16) -> (Queue, OwnedFd) {
     let put = |at: u64, bytes: &[u8]| {
         let span = memory.span(at, u32::try_from(bytes.len()).unwrap()).unwrap();
         memory.write(span, bytes);
     };
-    put(0x1000, &0x4000u64.to_le_bytes());
-    put(0x1008, &16u32.to_le_bytes());
-    put(0x100c, &2u16.to_le_bytes());
-    put(0x2002, &1u16.to_le_bytes());
+    for index in 0..requests {
+        let at = 0x1000 + 16 * u64::from(index);
+        put(at, &(0x4000 + 16 * u64::from(index)).to_le_bytes());
+        put(at + 8, &16u32.to_le_bytes());
+        put(at + 12, &2u16.to_le_bytes());
+        put(0x2004 + 2 * u64::from(index), &index.to_le_bytes());
+    }
+    put(0x2002, &requests.to_le_bytes());
     let event = || Some(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
     let config = Config {
         index: 0,
-        size: 4,
+        size: 8,
         desc: 0x1000,
         avail: 0x2000,
         used: 0x3000,
@@ -47,12 +52,19 @@ fn a_queue_is_handed_over_served_and_given_back() {
         used_address: None,
     };
     let call = config.call.as_ref().unwrap().try_clone().unwrap();
+    (Queue::new(Arc::clone(memory), config).unwrap(), call)
+}
+
+#[test]
+fn a_queue_is_handed_over_served_and_given_back() {
+    let memory = Arc::new(guest(&[(0, 0x10000)]));
+    let (queue, call) = ring(&memory, 1);
     let served = Arc::new(AtomicU32::new(0));
     let (worker, mailbox) = Worker::new().unwrap();
     let server = Echo(Arc::clone(&served));
     let thread = thread::spawn(move || run(server, mailbox));
     assert!(worker.stop(0).is_none(), "not running yet");
-    worker.start(Queue::new(Arc::clone(&memory), config).unwrap()).unwrap();
+    worker.start(queue).unwrap();
     // Nobody kicked: a ring is looked at once when it starts.
     poll(&mut [PollFd::new(&call, PollFlags::IN)], Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap();
     let state = worker.stop(0).unwrap();
@@ -64,6 +76,32 @@ fn a_queue_is_handed_over_served_and_given_back() {
     assert_eq!(&bytes, b"done");
     worker.end();
     thread.join().unwrap();
+}
+
+/// Says at each request how many the guest has been shown, and whether it was interrupted.
+struct Watch(OwnedFd, Arc<Memory>, Vec<(u16, bool)>);
+
+impl Serve for Watch {
+    fn serve(&mut self, _index: u16, _chain: &Chain, _attempt: &mut Attempt<'_>) -> Served {
+        let used = self.1.load_u16(self.1.span(0x3000, 4).unwrap(), 2, Ordering::Acquire);
+        let mut call = [PollFd::new(&self.0, PollFlags::IN)];
+        let called = poll(&mut call, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() > 0;
+        self.2.push((used, called));
+        Served::Done(0)
+    }
+}
+
+#[test]
+fn a_guest_is_woken_while_the_rest_of_a_batch_is_served() {
+    let memory = Arc::new(guest(&[(0, 0x10000)]));
+    let (queue, call) = ring(&memory, 8);
+    let mut watch = Watch(call, Arc::clone(&memory), Vec::new());
+    let mut slot = Slot::new(queue);
+    assert!(!slot.drain(&mut watch));
+    let mut expected = [(1, true); 8];
+    expected[0] = (0, false);
+    assert_eq!(watch.2, expected, "the first at once, the others in one go");
+    assert_eq!(memory.load_u16(memory.span(0x3000, 4).unwrap(), 2, Ordering::Acquire), 8);
 }
 
 /// What is looked at is the end of a process, so the test runs itself again as one.
