@@ -4,7 +4,7 @@
 //!
 //! - [`Queue::pop`] takes the next chain, first those a predecessor left in flight, then the available ring's;
 //! - [`Queue::complete`] finishes it: the used element is written, invisible yet;
-//! - [`Queue::publish`] shows the whole batch: one store of the used index, one decision about an interrupt, one signal;
+//! - [`Queue::publish`] shows the batch, or what there is of it: one store of the used index, one decision about an interrupt, one signal;
 //! - [`Queue::arm`] asks to be kicked for what comes next, and looks once more, since a kick may have been left out just before;
 //! - [`Queue::into_state`] gives it up.
 //!
@@ -364,6 +364,15 @@ impl Queue {
         fence(Ordering::SeqCst);
         if self.wants_interrupt() {
             self.signal();
+        }
+    }
+
+    /// Shows what there is of a batch that is still being served. A guest that sleeps takes longer to wake than most requests take; woken
+    /// by the first, it finds many done, and asks for more before the batch is over. That is no more interrupts than without: the guest
+    /// says which completion is to wake it next. One that cannot say so (without EVENT_IDX) is shown the whole batch.
+    pub(crate) fn publish_early(&mut self) {
+        if self.event_idx {
+            self.publish();
         }
     }
 

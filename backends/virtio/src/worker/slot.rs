@@ -20,6 +20,9 @@ use crate::{inflight, metrics};
 /// Most requests of one queue that are begun and not finished. More would only wait in another place, and each costs memory.
 pub const HELD: usize = 256;
 
+/// Requests of a batch that are shown together, after the first. See [`Queue::publish_early`].
+const TOGETHER: u32 = 4;
+
 /// What a device did with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
@@ -75,23 +78,22 @@ impl Slot {
         self.held.count < HELD && !self.held.replaying
     }
 
-    /// Serves what is available, chain by chain, until the ring is empty or the budget is used up, and shows the results: the first at
-    /// once, the others in one go. `true`: there is more.
+    /// Serves what is available, chain by chain, until the ring is empty or the budget is used up, and shows the results as it
+    /// goes. `true`: there is more.
     pub fn drain(&mut self, server: &mut (impl Serve + ?Sized)) -> bool {
         let index = self.queue.index();
         let mut left = BUDGET;
         loop {
             self.queue.disarm();
-            let mut first = true;
+            let mut taken = 0_u32;
             while left > 0 && self.has_room() && server.can_serve(index) {
                 let Some(token) = self.queue.pop(&mut self.chain) else { break };
                 left = left.saturating_sub(self.chain.descriptors().into());
                 self.serve(server, token);
-                // A guest that sleeps takes longer to wake than most requests take, so it is woken while the others are being served.
-                // It asks for no other interrupt before it has looked, by when there is more to find.
-                if mem::take(&mut first) {
-                    self.queue.publish();
+                if taken.is_multiple_of(TOGETHER) {
+                    self.queue.publish_early();
                 }
+                taken += 1;
             }
             server.settle(self);
             self.queue.publish();

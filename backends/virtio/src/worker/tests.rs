@@ -23,6 +23,10 @@ impl Serve for Echo {
 
 /// A ring of eight with as many requests of 16 writable bytes each, in this memory: and its call descriptor.
 fn ring(memory: &Arc<Memory>, requests: u16) -> (Queue, OwnedFd) {
+    ring_with(memory, requests, true)
+}
+
+fn ring_with(memory: &Arc<Memory>, requests: u16, event_idx: bool) -> (Queue, OwnedFd) {
     let put = |at: u64, bytes: &[u8]| {
         let span = memory.span(at, u32::try_from(bytes.len()).unwrap()).unwrap();
         memory.write(span, bytes);
@@ -42,7 +46,7 @@ fn ring(memory: &Arc<Memory>, requests: u16) -> (Queue, OwnedFd) {
         desc: 0x1000,
         avail: 0x2000,
         used: 0x3000,
-        event_idx: true,
+        event_idx,
         next_avail: 0,
         kick: event(),
         call: event(),
@@ -98,10 +102,18 @@ fn a_guest_is_woken_while_the_rest_of_a_batch_is_served() {
     let mut watch = Watch(call, Arc::clone(&memory), Vec::new());
     let mut slot = Slot::new(queue);
     assert!(!slot.drain(&mut watch));
-    let mut expected = [(1, true); 8];
-    expected[0] = (0, false);
-    assert_eq!(watch.2, expected, "the first at once, the others in one go");
+    let (one, five) = ((1, true), (5, true));
+    assert_eq!(watch.2, [(0, false), one, one, one, one, five, five, five]);
     assert_eq!(memory.load_u16(memory.span(0x3000, 4).unwrap(), 2, Ordering::Acquire), 8);
+}
+
+#[test]
+fn a_guest_that_cannot_say_when_to_be_woken_is_shown_whole_batches() {
+    let memory = Arc::new(guest(&[(0, 0x10000)]));
+    let (queue, call) = ring_with(&memory, 8, false);
+    let mut watch = Watch(call, Arc::clone(&memory), Vec::new());
+    assert!(!Slot::new(queue).drain(&mut watch));
+    assert_eq!(watch.2, [(0, false); 8]);
 }
 
 /// What is looked at is the end of a process, so the test runs itself again as one.
