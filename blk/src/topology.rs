@@ -89,7 +89,9 @@ fn lifetime_in(folder: &std::path::Path) -> Option<[u8; LIFETIME]> {
     let life = fs::read_to_string(folder.join("life_time")).ok()?;
     let mut types = life.split_whitespace();
     let (a, b) = (hex(types.next()?)?, hex(types.next()?)?);
-    Some([end, 0, a, b])
+    // Linux shows the files for every eMMC card. In one older than version 5 there is nothing to show: all of it is "not defined".
+    let tells = [end, a, b] != [0; 3];
+    tells.then_some([end, 0, a, b])
 }
 
 /// The bytes of the configuration space that say so (virtio 1.3, 5.2.4): blk_size, then the topology.
@@ -120,6 +122,9 @@ mod tests {
         fs::write(folder.join("pre_eol_info"), "0x01\n").unwrap();
         fs::write(folder.join("life_time"), "0x02 0x0b\n").unwrap();
         assert_eq!(lifetime_in(&folder), Some([1, 0, 2, 11]));
+        fs::write(folder.join("pre_eol_info"), "0x00\n").unwrap();
+        fs::write(folder.join("life_time"), "0x00 0x00\n").unwrap();
+        assert_eq!(lifetime_in(&folder), None, "a card that tells nothing");
         fs::remove_dir_all(&folder).unwrap();
     }
 
