@@ -21,7 +21,7 @@ use suite::{Scratch, Server, program, root, run, wait_for};
 
 /// Each program, and how many different calls it may make: all of its threads together, or each kind.
 const BUDGETS: [(&str, &[(&str, usize)]); 4] = [
-    ("outboard-blk", &[("", 22)]),
+    ("outboard-blk", &[("", 23)]),
     ("outboard-console", &[("", 25)]),
     ("outboard-rng", &[("", 22)]),
     ("outboard-vmm", &[("control", 35), ("cpu", 18)]),
