@@ -18,7 +18,7 @@ use crate::image::{Afterwards, Disk};
 use crate::limit::Limits;
 use crate::queue::DiskQueue;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use crate::sandbox::{POOL, THREAD};
+use crate::sandbox::{ERASER, POOL, THREAD};
 use crate::shared::Shared;
 use crate::topology;
 use crate::volume::Volume;
@@ -33,9 +33,9 @@ const QUEUE_SIZE: u16 = 1024;
 /// smaller rings than the largest.
 const SEG_MAX: u32 = 126;
 
-/// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of write-zeroes.
-const CONFIG: usize = 60;
-const CONFIG_LEN: u32 = 60;
+/// Bytes of the configuration space (virtio 1.3, 5.2.4), up to the limits of secure erase.
+const CONFIG: usize = 72;
+const CONFIG_LEN: u32 = 72;
 
 /// The version of a saved state.
 const STATE: u8 = 1;
@@ -53,6 +53,7 @@ const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 const F_LIFETIME: u64 = 1 << 15;
+const F_SECURE_ERASE: u64 = 1 << 16;
 
 /// A virtio-blk device.
 #[derive(Debug)]
@@ -73,13 +74,14 @@ impl Blk {
         let shared = Arc::new(Shared::new(disk.bytes(), config.serial, disk.direct(), disk.abilities(), limits));
         // Asked once, before there are filters.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let role = if disk.abilities().secure_erase { ERASER } else { THREAD };
         let mut workers = Vec::new();
         for (index, prepare) in engines.start(config.queues, confined)?.into_iter().enumerate() {
             let (worker, mailbox) = Worker::new()?;
             let volume = Volume::new(Arc::clone(disk));
             let shared = Arc::clone(&shared);
             let poller = Poller::new(config.poll, processors);
-            confined.spawn_prepared(THREAD, format!("queue{index}"), prepare, move |engine| match engine {
+            confined.spawn_prepared(role, format!("queue{index}"), prepare, move |engine| match engine {
                 Ok(engine) => run(DiskQueue::new(volume, engine, shared, poller), mailbox),
                 Err(error) => tracing::error!("A queue cannot be served: {error}"),
             })?;
@@ -99,7 +101,8 @@ impl Blk {
         let limits = self.shared.checks();
         let mut features = feature::RING | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
         features |= if limits.read_only { F_RO } else { F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES };
-        features | if limits.lifetime { F_LIFETIME } else { 0 }
+        features |= if limits.lifetime { F_LIFETIME } else { 0 };
+        features | if limits.secure_erase { F_SECURE_ERASE } else { 0 }
     }
 }
 
@@ -243,5 +246,10 @@ fn space(disk: &Disk, queues: u16) -> [u8; CONFIG] {
         put(at, &bytes);
     }
     put(56, &[1]);
+    if disk.abilities().secure_erase {
+        for (at, bytes) in [(60, most), (64, ranges), (68, alignment)] {
+            put(at, &bytes);
+        }
+    }
     space
 }

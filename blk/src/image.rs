@@ -380,7 +380,10 @@ impl Opened {
 
     fn abilities(&self, config: &Config) -> Abilities {
         let lifetime = if self.device { topology::lifetime(&self.plain) } else { None };
-        Abilities { read_only: config.read_only, lifetime }
+        // Below a format or an overlay the guest's ranges are no ranges of the device.
+        let alone = matches!(config.chain.as_slice(), [link] if link.format == Format::Raw) && config.ephemeral.is_none();
+        let secure_erase = self.device && alone && !config.read_only && topology::erases_securely(&self.plain);
+        Abilities { read_only: config.read_only, lifetime, secure_erase }
     }
 }
 

@@ -16,6 +16,8 @@ pub static FLUSHES: Counter = Counter::new();
 pub static DISCARDS: Counter = Counter::new();
 /// Write-zeroes requests.
 pub static ZEROES: Counter = Counter::new();
+/// Secure-erase requests.
+pub static ERASURES: Counter = Counter::new();
 /// Requests the image could not carry out.
 pub static FAILED: Counter = Counter::new();
 /// Requests that were answered with an error without being tried: out of range, not allowed, not known.
@@ -37,7 +39,7 @@ pub const TIMES: [Times; 4] = [
 ];
 
 /// All counters, with their names and what they count.
-pub const ALL: [(&str, &Counter, &str); 10] = [
+pub const ALL: [(&str, &Counter, &str); 11] = [
     ("blk_reads", &READS, "Read requests"),
     ("blk_read_bytes", &READ_BYTES, "Bytes read"),
     ("blk_writes", &WRITES, "Write requests"),
@@ -45,6 +47,7 @@ pub const ALL: [(&str, &Counter, &str); 10] = [
     ("blk_flushes", &FLUSHES, "Flush requests"),
     ("blk_discards", &DISCARDS, "Discard requests"),
     ("blk_write_zeroes", &ZEROES, "Write-zeroes requests"),
+    ("blk_secure_erases", &ERASURES, "Secure-erase requests"),
     ("blk_failed", &FAILED, "Requests the image could not carry out"),
     ("blk_refused", &REFUSED, "Requests answered with an error without being tried"),
     ("blk_bad_requests", &BAD_REQUESTS, "Chains that could not be given an answer"),

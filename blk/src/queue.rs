@@ -119,6 +119,11 @@ impl DiskQueue {
                 ranges.iter().try_for_each(|range| self.volume.write_zeroes(range))?;
                 self.job(ticket).through = !self.shared.writes_back();
             }
+            Request::SecureErase(ranges) => {
+                metrics::ERASURES.add(1);
+                self.let_go(|ticket| attempt.held(ticket));
+                ranges.iter().try_for_each(|range| self.volume.secure_erase(range))?;
+            }
             Request::GetId(room) => {
                 room.copy_from(&self.shared.serial);
             }

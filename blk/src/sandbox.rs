@@ -1,7 +1,7 @@
 //! What the process may do.
 
 use daemon::rules::{PROTOCOL, RINGS, RUNTIME};
-use sandbox::{Limits, Policy, Rule, When, allow, allow_if};
+use sandbox::{Limits, Policy, Rule, SECURE_ERASE, When, allow, allow_if};
 
 use crate::args::MAX_QUEUES;
 use crate::engine::pool::THREADS;
@@ -9,6 +9,9 @@ use crate::engine::uring::WORKERS;
 
 /// The role of the threads that serve queues.
 pub const THREAD: &str = "queue";
+
+/// The role of the same threads where the host's device erases securely: nobody else is allowed the request for it.
+pub const ERASER: &str = "erasing queue";
 
 /// The role of the threads that wait for the disk where there is no io_uring.
 pub const POOL: &str = "disk";
@@ -28,6 +31,9 @@ const TABLES: &[Rule] = &[
 
 const QUEUE: &[Rule] =
     &[allow(libc::SYS_io_uring_enter, "reads, writes and flushes that have to wait for the disk; the ring can do nothing else")];
+
+const ERASE: &[Rule] =
+    &[allow_if(libc::SYS_ioctl, &[When::Is(1, SECURE_ERASE)], "erasing a range so that nobody finds what was there")];
 
 /// The role of the thread that reads what the image says, and then obeys the disk's owner.
 pub const IMAGE: &str = "image";
@@ -55,5 +61,10 @@ pub const POLICY: Policy = Policy {
         threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 3,
     },
     control: &[RUNTIME, PROTOCOL, TABLES],
-    threads: &[(THREAD, &[RUNTIME, RINGS, TABLES, QUEUE]), (POOL, &[RUNTIME, DISK]), (IMAGE, &[RUNTIME, TABLES, OBEY])],
+    threads: &[
+        (THREAD, &[RUNTIME, RINGS, TABLES, QUEUE]),
+        (ERASER, &[RUNTIME, RINGS, TABLES, QUEUE, ERASE]),
+        (POOL, &[RUNTIME, DISK]),
+        (IMAGE, &[RUNTIME, TABLES, OBEY]),
+    ],
 };

@@ -24,6 +24,7 @@ pub struct Shared {
     /// A flush has failed.
     lost: AtomicBool,
     lifetime: Option<[u8; LIFETIME]>,
+    secure_erase: bool,
     /// How much it may be used.
     pub limits: limit::Limits,
     /// How to tell the frontend that the configuration has changed.
@@ -37,6 +38,8 @@ pub struct Abilities {
     pub read_only: bool,
     /// How worn it is, in the specification's four bytes.
     pub lifetime: Option<[u8; LIFETIME]>,
+    /// It can erase so that nobody finds what was there.
+    pub secure_erase: bool,
 }
 
 impl Shared {
@@ -48,7 +51,7 @@ impl Shared {
         abilities: Abilities,
         limits: limit::Limits,
     ) -> Shared {
-        let Abilities { read_only, lifetime } = abilities;
+        let Abilities { read_only, lifetime, secure_erase } = abilities;
         let (writes_back, bytes) = (AtomicBool::new(true), AtomicU64::new(bytes));
         Shared {
             serial,
@@ -58,6 +61,7 @@ impl Shared {
             bytes,
             lost: AtomicBool::new(false),
             lifetime,
+            secure_erase,
             limits,
             host: OnceLock::new(),
         }
@@ -65,7 +69,12 @@ impl Shared {
 
     /// What requests are checked against.
     pub fn checks(&self) -> Limits {
-        Limits { bytes: self.bytes(), read_only: self.read_only, lifetime: self.lifetime.is_some() }
+        Limits {
+            bytes: self.bytes(),
+            read_only: self.read_only,
+            lifetime: self.lifetime.is_some(),
+            secure_erase: self.secure_erase,
+        }
     }
 
     /// Bytes of the disk at this moment.

@@ -1,10 +1,12 @@
 //! Sizes of blocks, as the host's file or device has them, so that a guest aligns what it writes to what is cheap down there.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
-use rustix::fs::{AtFlags, StatxFlags, fstat, major, minor, statx};
+use rustix::fs::{AtFlags, SeekFrom, StatxFlags, fstat, major, minor, seek, statx};
+use sandbox::secure_erase;
 
 use crate::direct::Alignment;
 use crate::request::{LIFETIME, SECTOR};
@@ -89,7 +91,20 @@ fn lifetime_in(folder: &std::path::Path) -> Option<[u8; LIFETIME]> {
     let life = fs::read_to_string(folder.join("life_time")).ok()?;
     let mut types = life.split_whitespace();
     let (a, b) = (hex(types.next()?)?, hex(types.next()?)?);
-    Some([end, 0, a, b])
+    // Linux shows the files for every eMMC card. In one older than version 5 there is nothing to show: all of it is "not defined".
+    let tells = [end, a, b] != [0; 3];
+    tells.then_some([end, 0, a, b])
+}
+
+/// Whether a block device that is open for writing can erase so that nobody finds what was there. No file of sysfs says so: it is asked to
+/// erase nothing, at its end, where there is also nothing that the kernel's cache could lose by it. A kernel to which that is not
+/// worth a request may call the range invalid; a device that cannot is told before its range is looked at.
+pub fn erases_securely(device: impl AsFd) -> bool {
+    let Ok(end) = seek(&device, SeekFrom::End(0)) else { return false };
+    match secure_erase(device.as_fd(), end, 0) {
+        Err(error) => error.kind() == ErrorKind::InvalidInput,
+        Ok(()) => true,
+    }
 }
 
 /// The bytes of the configuration space that say so (virtio 1.3, 5.2.4): blk_size, then the topology.
@@ -120,6 +135,9 @@ mod tests {
         fs::write(folder.join("pre_eol_info"), "0x01\n").unwrap();
         fs::write(folder.join("life_time"), "0x02 0x0b\n").unwrap();
         assert_eq!(lifetime_in(&folder), Some([1, 0, 2, 11]));
+        fs::write(folder.join("pre_eol_info"), "0x00\n").unwrap();
+        fs::write(folder.join("life_time"), "0x00 0x00\n").unwrap();
+        assert_eq!(lifetime_in(&folder), None, "a card that tells nothing");
         fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
 use image::{Compressed, Error, FileId, Lookup, Shared};
+use sandbox::secure_erase;
 
 use crate::engine::File;
 use crate::image::Disk;
@@ -154,6 +155,17 @@ impl Volume {
     /// The image's.
     pub fn discard(&mut self, range: &Range) -> io::Result<()> {
         if range.len == 0 { Ok(()) } else { self.lookup.discard(range.offset, range.len).map_err(told) }
+    }
+
+    /// Erases a range of the device so that nobody finds what was there.
+    ///
+    /// # Errors
+    /// The device's; also when an overlay has come onto it.
+    pub fn secure_erase(&mut self, range: &Range) -> io::Result<()> {
+        if range.len == 0 {
+            return Ok(());
+        }
+        self.lookup.erase(range.offset, range.len, |device| secure_erase(device, range.offset, range.len)).map_err(told)
     }
 
     /// Turns a range into zeroes.

@@ -18,6 +18,9 @@ pub struct Class {
     pub queues: u16,
     /// Bytes of configuration space that every backend of this class knows.
     pub config: u16,
+    /// Features that make it longer, and how long: a driver that knows one of them reads up to there, and Linux's stops the guest
+    /// where there is less.
+    pub longer: &'static [(u64, u16)],
     /// Configuration that depends on what the driver has selected in its first two bytes.
     pub selectors: &'static [Selector],
     /// Configuration for backends that keep none.
@@ -29,13 +32,14 @@ pub type Selector = (u8, RangeInclusive<u8>);
 /// Makes a configuration space from the device's name and number of queues.
 pub type Fallback = fn(&str, u16) -> Vec<u8>;
 
-const PLAIN: Class = Class { name: "", id: 0, pci: 0xff_0000, queues: 1, config: 256, selectors: &[], fallback: None };
+const PLAIN: Class =
+    Class { name: "", id: 0, pci: 0xff_0000, queues: 1, config: 256, longer: &[], selectors: &[], fallback: None };
 
 /// The table.
 pub static CLASSES: [Class; 10] = [
     Class { name: "net", id: 1, pci: 0x02_0000, queues: 2, config: 12, ..PLAIN },
     // Up to and with write-zeroes: what all backends have.
-    Class { name: "blk", id: 2, pci: 0x01_8000, queues: 1, config: 60, ..PLAIN },
+    Class { name: "blk", id: 2, pci: 0x01_8000, queues: 1, config: 60, longer: &BLK, ..PLAIN },
     Class { name: "console", id: 3, pci: 0x07_8000, queues: 4, config: 12, ..PLAIN },
     Class { name: "rng", id: 4, pci: 0x00_ff00, queues: 1, config: 0, ..PLAIN },
     Class { name: "balloon", id: 5, pci: 0x00_ff00, queues: 5, config: 16, ..PLAIN },
@@ -49,8 +53,19 @@ pub static CLASSES: [Class; 10] = [
 /// A device of any other virtio id: all of the configuration space the protocol can carry.
 pub static OTHER: Class = PLAIN;
 
+/// Secure erase, and zones after it.
+static BLK: [(u64, u16); 2] = [(1 << 16, 72), (1 << 17, 96)];
+
 /// Name, serial number, ids, properties, one bitmap for each type of event, one range for each absolute axis.
 static INPUT: [Selector; 6] = [(1, 0..=0), (2, 0..=0), (3, 0..=0), (0x10, 0..=0), (0x11, 0..=0x1f), (0x12, 0..=0x3f)];
+
+impl Class {
+    /// Bytes of configuration space that a backend has which offers these features.
+    pub fn config_len(&self, offered: u64) -> u16 {
+        let longer = self.longer.iter().filter(|(feature, _)| offered & feature != 0);
+        longer.fold(self.config, |most, (_, len)| most.max(*len))
+    }
+}
 
 /// The row of that name.
 pub fn named(name: &str) -> Option<&'static Class> {
@@ -83,6 +98,13 @@ mod tests {
         }
         assert!(named("floppy").is_none());
         assert_eq!(numbered(99).config, 256);
+    }
+
+    #[test]
+    fn a_disk_has_the_configuration_of_what_it_offers() {
+        let disk = named("blk").unwrap();
+        let lengths = [0, 1 << 15, 1 << 16, 1 << 17, u64::MAX].map(|offered| disk.config_len(offered));
+        assert_eq!(lengths, [60, 60, 72, 96, 96]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod attack;
 mod bench;
 mod build;
 mod cache;
+mod card;
 mod ci;
 mod cpio;
 mod debian;

@@ -3,7 +3,8 @@
 //! 1. every unit and integration test of the workspace, on this host, without a guest;
 //! 2. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
 //!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere, together with the VMM's own guest tests
-//!    (`vmm/tests/guest.rs`), some of which skip themselves on a KVM that is none.
+//!    (`vmm/tests/guest.rs`), some of which skip themselves on a KVM that is none;
+//! 3. disk servers on a flash card (`tests/suite/tests/card.rs`): always in the nested machine, whose kernel takes modules for it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::Kvm;
-use crate::{build, cache, disktools, guest, host, nested, say, uml, virtiofsd};
+use crate::{build, cache, card, disktools, guest, host, nested, say, uml, virtiofsd};
 
 /// Set everything up and run every test.
 #[derive(Debug, clap::Args)]
@@ -32,7 +33,7 @@ const GUEST_TEST_LIMIT: Duration = Duration::from_secs(8 * 60);
 /// How often a test is tried whose nested machine fails.
 const ATTEMPTS: u32 = 4;
 
-/// Somebody else's program that a module of the guest suite needs: made when one of its tests is run, and taken along.
+/// What a module of the guest suite needs, somebody else's program or the kernel's modules: made when one of its tests is run, and taken along.
 struct Peer {
     module: &'static str,
     variable: &'static str,
@@ -43,6 +44,7 @@ struct Peer {
 const PEERS: &[Peer] = &[
     Peer { module: "uml", variable: "OUTBOARD_UML", prepare: uml::prepare },
     Peer { module: "virtiofsd", variable: "OUTBOARD_VIRTIOFSD", prepare: virtiofsd::prepare },
+    Peer { module: "card", variable: "OUTBOARD_CARD", prepare: card::prepare },
 ];
 
 /// The task.
@@ -52,11 +54,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let programs = build::programs(false)?;
     let suite = build::test_program("tests/suite", "guest")?;
+    let card = build::test_program("tests/suite", "card")?;
     // On the host's own KVM these run among the other tests.
     let of_the_vmm = if kvm == Kvm::Direct { None } else { build::test_program("vmm", "guest")? };
     // The suite comes last: its closing line is ours.
     let guests: Vec<(&str, PathBuf)> =
         [("vmm", of_the_vmm), ("suite", suite)].into_iter().filter_map(|(name, path)| Some((name, path?))).collect();
+    let cards: Vec<(&str, PathBuf)> = card.into_iter().map(|path| ("card", path)).collect();
     let images = guest::prepare()?;
     if !args.guest_only {
         workspace(&programs, &images)?;
@@ -74,11 +78,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 command.envs(peers.iter().cloned());
                 command.args(&options).env("OUTBOARD_GUEST", &images).env("OUTBOARD_BIN", &programs).envs(host::floor());
                 say::openly(&mut command)
-            })
+            })?;
+            say::line("Disk servers on a flash card: in the nested machine.");
+            in_nested(&cards, &programs, &options)
         }
         Kvm::Nested(why) => {
             say::line(&format!("Guest suite: in the nested machine, because {why}."));
-            in_nested(&guests, &programs, &options)
+            in_nested(&[cards, guests].concat(), &programs, &options)
         }
     }
 }
@@ -86,7 +92,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn announce(kvm: &Kvm) -> Result<()> {
     let cache = cache::dir()?;
     let (ready, machine) = match kvm {
-        Kvm::Direct => (guest::is_ready()?, None),
+        Kvm::Direct => (guest::is_ready()? && nested::is_ready()?, None),
         Kvm::Nested(why) => (nested::is_ready()?, Some(why)),
     };
     let mut items = vec!["build the programs and their tests with cargo".to_owned()];
@@ -115,7 +121,7 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
     if nextest {
         let mut command = build::cargo();
         command.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
-        command.args(["-E", "not (package(suite) and binary(guest))"]);
+        command.args(["-E", "not (package(suite) and (binary(guest) or binary(card)))"]);
         commands.push(command);
     } else {
         say::line("cargo-nextest is not installed (cargo install cargo-nextest): using cargo test.");
@@ -146,7 +152,8 @@ fn suite_tests() -> Result<Vec<String>> {
     let metadata: Value = serde_json::from_slice(&output).context("cargo answered with something else than JSON")?;
     let packages = metadata["packages"].as_array().into_iter().flatten();
     let targets = packages.filter(|package| package["name"] == "suite").filter_map(|package| package["targets"].as_array());
-    let tests = targets.flatten().filter(|target| target["kind"][0] == "test" && target["name"] != "guest");
+    let tests =
+        targets.flatten().filter(|target| target["kind"][0] == "test" && target["name"] != "guest" && target["name"] != "card");
     Ok(tests.filter_map(|target| target["name"].as_str().map(str::to_owned)).collect())
 }
 

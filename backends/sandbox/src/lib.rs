@@ -37,7 +37,7 @@ pub use filter::{Filter, Rule, When, allow, allow_if};
 pub use floor::{Floor, Kernel};
 pub use names::name;
 pub use spawn::{Child, NetNamespace, Spawn, spawn};
-pub use sys::{close_all_but, exit, inherited, lock_file, one_heap, plain_faults, signal_fd};
+pub use sys::{SECURE_ERASE, close_all_but, exit, inherited, lock_file, one_heap, plain_faults, secure_erase, signal_fd};
 
 /// What every call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;

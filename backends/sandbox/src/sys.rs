@@ -219,6 +219,20 @@ pub fn lock_file(fd: BorrowedFd<'_>, exclusive: bool) -> std::io::Result<()> {
     Ok(check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) }).map(drop)?)
 }
 
+/// The request to erase a range of a block device so that nobody finds what was there, for filters (`BLKSECDISCARD` in the kernel's
+/// `linux/fs.h`).
+pub const SECURE_ERASE: u32 = 0x127d;
+
+/// Erases a range of a block device, and whatever copies of it the device has kept. The kernel's cache forgets it, too.
+///
+/// # Errors
+/// `EOPNOTSUPP` when the device cannot, whatever the range is.
+pub fn secure_erase(device: BorrowedFd<'_>, offset: u64, len: u64) -> std::io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: `device` is open as it is borrowed; the kernel reads two numbers from `range`, which outlives the call.
+    Ok(check(unsafe { libc::ioctl(device.as_raw_fd(), SECURE_ERASE.into(), &raw const range) }).map(drop)?)
+}
+
 /// Blocks these signals in the calling thread, and in all it starts from now on, and gives a descriptor from which they are read.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ use crate::rings;
 pub fn blk(mut bytes: Bytes<'_>) {
     let size = u64::from(bytes.u32() >> (bytes.byte() % 32)) * SECTOR;
     let flags = bytes.byte();
-    let limits = Limits { bytes: size, read_only: flags & 1 != 0, lifetime: flags & 4 != 0 };
+    let limits = Limits { bytes: size, read_only: flags & 1 != 0, lifetime: flags & 4 != 0, secure_erase: flags & 8 != 0 };
     let Some(chain) = rings::described(&mut bytes) else { return };
     let Ok(request) = Request::read(&chain, &limits) else { return };
     let answer = request.as_ref().map_or(0, Request::answer_len);
@@ -27,7 +27,7 @@ pub fn blk(mut bytes: Bytes<'_>) {
             inside(*offset, data.len().into());
             assert!(!limits.read_only);
         }
-        Ok(Request::Discard(ranges) | Request::WriteZeroes(ranges)) => {
+        Ok(Request::Discard(ranges) | Request::WriteZeroes(ranges) | Request::SecureErase(ranges)) => {
             ranges.iter().for_each(|range| inside(range.offset, range.len));
             assert!(!limits.read_only);
         }

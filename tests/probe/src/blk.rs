@@ -30,7 +30,7 @@ const HEADER: u32 = 16;
 const STATUS_NONE: u8 = 0xff;
 
 /// Features of virtio-blk, their bits and names.
-pub const FEATURES: [(u64, &str); 11] = [
+pub const FEATURES: [(u64, &str); 13] = [
     (1 << 1, "SIZE_MAX"),
     (1 << 2, "SEG_MAX"),
     (1 << 4, "GEOMETRY"),
@@ -42,6 +42,8 @@ pub const FEATURES: [(u64, &str); 11] = [
     (1 << 12, "MQ"),
     (1 << 13, "DISCARD"),
     (1 << 14, "WRITE_ZEROES"),
+    (1 << 15, "LIFETIME"),
+    (1 << 16, "SECURE_ERASE"),
 ];
 
 /// `VIRTIO_BLK_F_RO`.
@@ -52,6 +54,10 @@ pub const F_FLUSH: u64 = 1 << 9;
 pub const F_DISCARD: u64 = 1 << 13;
 /// `VIRTIO_BLK_F_WRITE_ZEROES`.
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
+/// `VIRTIO_BLK_F_LIFETIME`.
+pub const F_LIFETIME: u64 = 1 << 15;
+/// `VIRTIO_BLK_F_SECURE_ERASE`.
+pub const F_SECURE_ERASE: u64 = 1 << 16;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +74,10 @@ pub enum Kind {
     Discard,
     /// Zero a range.
     WriteZeroes,
+    /// How worn the medium is.
+    GetLifetime,
+    /// Erase a range so that nobody finds what was there.
+    SecureErase,
     /// Anything else.
     Other(u32),
 }
@@ -79,14 +89,16 @@ impl Kind {
             Kind::Out => 1,
             Kind::Flush => 4,
             Kind::GetId => 8,
+            Kind::GetLifetime => 10,
             Kind::Discard => 11,
             Kind::WriteZeroes => 13,
+            Kind::SecureErase => 14,
             Kind::Other(number) => number,
         }
     }
 
     fn device_writes(self) -> bool {
-        matches!(self, Kind::In | Kind::GetId)
+        matches!(self, Kind::In | Kind::GetId | Kind::GetLifetime)
     }
 }
 

@@ -4,10 +4,12 @@
 //! |---|---|
 //! | `tidy.rs` | the invariants of the design, read off the tree |
 //! | `tests/suite.rs` | the device processes through the probe: function, hostile frontends, kills, the sandbox from outside, QEMU |
+//! | `tests/card.rs` | disk servers on a flash card; `cargo xtask test` runs it in the nested machine |
 //! | `tests/guest.rs` | whole machines with real guests; `cargo xtask test` runs it where KVM works |
 
 #![forbid(unsafe_code)]
 
+pub mod card;
 pub mod disktools;
 pub mod escape;
 pub mod tracer;

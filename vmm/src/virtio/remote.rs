@@ -329,26 +329,26 @@ pub(crate) fn sentence(error: &dyn std::error::Error) -> String {
 
 /// Reads the whole configuration space: once, or once for every selector.
 fn configuration(session: &mut Session, class: &Class, name: &str, queues: u16) -> Result<Shadow, vhost_user::Error> {
-    let len = u32::from(class.config);
+    let len = class.config_len(session.offered());
     if !class.selectors.is_empty() && session.protocol_features() & vhost_user::features::CONFIG != 0 {
         let mut banks = BTreeMap::new();
         for (select, range) in class.selectors {
             for subselect in range.clone() {
                 session.write_config(0, &[*select, subselect])?;
-                let answer = session.config(len)?;
+                let answer = session.config(len.into())?;
                 // The third byte is the size of the answer: most selectors have none, and are not kept.
                 if answer.get(2).is_some_and(|size| *size > 0) {
                     banks.insert([*select, subselect], answer);
                 }
             }
         }
-        return Ok(Shadow::banks(class.config, banks));
+        return Ok(Shadow::banks(len, banks));
     }
-    let mut bytes = session.config(len)?;
+    let mut bytes = session.config(len.into())?;
     if bytes.is_empty()
         && let Some(fallback) = class.fallback
     {
         bytes = fallback(name, queues);
     }
-    Ok(Shadow::new(bytes, class.config))
+    Ok(Shadow::new(bytes, len))
 }

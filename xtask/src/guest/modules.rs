@@ -12,19 +12,31 @@ use crate::guest::Kernel;
 
 /// Adds the modules, uncompressed, and the list `/modules/order`.
 pub(crate) fn add(archive: &mut Archive, kernel: &Kernel, names: &[&str], userland: &Path) -> Result<()> {
+    for (name, content) in files(kernel, names, userland)? {
+        archive.file(&format!("modules/{name}"), &content);
+    }
+    Ok(())
+}
+
+/// The same in a directory, for a machine that runs already.
+pub(crate) fn unpack(dir: &Path, kernel: &Kernel, names: &[&str], userland: &Path) -> Result<()> {
+    for (name, content) in files(kernel, names, userland)? {
+        let path = dir.join(name);
+        fs::write(&path, content).with_context(|| format!("Cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The modules, and the list.
+fn files(kernel: &Kernel, names: &[&str], userland: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut set = Set { files: HashMap::new(), busybox: userland.join("usr/bin/busybox"), loaded: Vec::new() };
     set.index(&kernel.0.join("modules/kernel"))?;
     for name in names {
         set.load(name)?;
     }
-    let mut order = String::new();
-    for (name, content) in &set.loaded {
-        archive.file(&format!("modules/{name}.ko"), content);
-        order.push_str(name);
-        order.push('\n');
-    }
-    archive.file("modules/order", order.as_bytes());
-    Ok(())
+    let order: String = set.loaded.iter().map(|(name, _)| format!("{name}\n")).collect();
+    let modules = set.loaded.into_iter().map(|(name, content)| (format!("{name}.ko"), content));
+    Ok(modules.chain([("order".to_owned(), order.into_bytes())]).collect())
 }
 
 struct Set {

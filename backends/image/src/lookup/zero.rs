@@ -4,6 +4,8 @@
 //! Where the format cannot say that (version 2), and where the guest asked for less than a cluster, a discard does nothing.
 //! Zeroing always ends in zeroes: by a zero cluster, by giving the cluster back where nothing is below, or by writing them.
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::chain::Node;
@@ -12,6 +14,7 @@ use crate::lookup::{Lookup, Place};
 use crate::qcow2::geometry::{Entry, Kind};
 use crate::qcow2::{Meta, Qcow2};
 use crate::range::Exclusive;
+use crate::storage::Storage;
 
 /// Clusters that are changed in one step, so that other queues are held up for a bounded time.
 const AT_ONCE: u64 = 512;
@@ -87,6 +90,19 @@ impl Lookup {
         self.change(offset, len, How::Discard)
     }
 
+    /// Has a raw image's device erase a range, in the way that `erase` knows. What an overlay hides is not erased: whoever has the image
+    /// below wants it as it is, and in the overlay there is nothing that a device could erase.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] as for [`zero`](Lookup::zero), what `erase` says, or that there is no device that is written.
+    pub fn erase(&mut self, offset: u64, len: u64, erase: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>) -> Result<()> {
+        self.refresh();
+        self.check_range(offset, len)?;
+        let unknown = || io::Error::from(io::ErrorKind::Unsupported);
+        let erased = self.change_raw(offset, len, |file| erase(file.fd().ok_or_else(unknown)?))?;
+        erased.unwrap_or_else(|| Err(unknown())).map_err(Error::io("Cannot erase a range of the device"))
+    }
+
     fn change(&mut self, offset: u64, len: u64, how: How) -> Result<()> {
         self.refresh();
         self.check_range(offset, len)?;
@@ -103,8 +119,11 @@ impl Lookup {
                     other => other,
                 };
             }
-        } else if let Some(done) = self.change_raw(offset, len, how)? {
-            return Ok(done);
+        } else {
+            let change = |file: &dyn Storage| if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
+            if let Some(done) = self.change_raw(offset, len, change)? {
+                return done.map_err(Error::io("Cannot zero a range of the image"));
+            }
         }
         // Until the range is ours alone an overlay may come: which image it is, is known only then.
         let _alone = self.exclude(offset, len)?;
@@ -126,17 +145,19 @@ impl Lookup {
         self.chain.nodes.first().filter(|node| matches!(***node, Node::Qcow2(_))).map(Arc::clone)
     }
 
-    /// A range of a raw image, which is shared: the file system itself sees to it that bytes beside it stay as they are. `None`: there
-    /// is an overlay on it now.
-    fn change_raw(&mut self, offset: u64, len: u64, how: How) -> Result<Option<()>> {
+    /// Does something to the file of a raw image, with a range of it shared: the file system itself sees to it that bytes beside it
+    /// stay as they are. `None`: there is an overlay on it now.
+    fn change_raw(
+        &mut self,
+        offset: u64,
+        len: u64,
+        change: impl FnOnce(&dyn Storage) -> io::Result<()>,
+    ) -> Result<Option<io::Result<()>>> {
         let _range = self.share(offset, len)?;
         self.refresh();
         let chain = Arc::clone(&self.chain);
         match chain.nodes.first().map(|node| &**node) {
-            Some(Node::Raw { file, writable: true, .. }) => {
-                let done = if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
-                done.map(Some).map_err(Error::io("Cannot zero a range of the image"))
-            }
+            Some(Node::Raw { file, writable: true, .. }) => Ok(Some(change(&**file))),
             Some(Node::Raw { .. }) | None => Err(Error::ReadOnly),
             Some(Node::Qcow2(_)) => Ok(None),
         }

@@ -21,11 +21,14 @@ use suite::{Scratch, Server, program, root, run, wait_for};
 
 /// Each program, and how many different calls it may make: all of its threads together, or each kind.
 const BUDGETS: [(&str, &[(&str, usize)]); 4] = [
-    ("outboard-blk", &[("", 22)]),
+    ("outboard-blk", &[("", 22), ("erasing queue", 18)]),
     ("outboard-console", &[("", 25)]),
     ("outboard-rng", &[("", 22)]),
     ("outboard-vmm", &[("control", 35), ("cpu", 18)]),
 ];
+
+/// Threads that take the place of others in the same program, where the host has what they are for: counted apart.
+const INSTEAD: [&str; 1] = ["erasing queue"];
 
 /// Calls that no test can bring about when it likes, and when they are made.
 const RARE: [(&str, &str); 4] = [
@@ -64,7 +67,8 @@ fn table() -> String {
     let mut text = "| program | thread | calls | which |\n|---|---|---|---|\n".to_owned();
     for (name, _) in BUDGETS {
         let policy = policy(name);
-        let union: Calls = policy.values().flatten().map(|(number, name)| (*number, name.clone())).collect();
+        let usual = policy.iter().filter(|(thread, _)| !INSTEAD.contains(&thread.as_str()));
+        let union: Calls = usual.flat_map(|(_, calls)| calls.clone()).collect();
         writeln!(text, "| `{name}` | all | {} | |", union.len()).unwrap();
         for (thread, calls) in policy {
             let mut names: Vec<String> = calls.into_values().collect();
@@ -80,7 +84,8 @@ fn the_filters_are_within_their_budgets() {
     for (name, budgets) in BUDGETS {
         let policy = policy(name);
         for (thread, budget) in budgets {
-            let counted = policy.iter().filter(|(name, _)| thread.is_empty() || name == thread);
+            let is_counted = |name: &str| if thread.is_empty() { !INSTEAD.contains(&name) } else { name == *thread };
+            let counted = policy.iter().filter(|(name, _)| is_counted(name));
             let union: BTreeSet<i64> = counted.flat_map(|(_, calls)| calls.keys().copied()).collect();
             assert!(union.len() <= *budget && !union.is_empty(), "{name} {thread}: {} of {budget}", union.len());
         }
