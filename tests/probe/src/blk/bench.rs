@@ -231,6 +231,9 @@ impl Places {
 /// Parts of an octave that are counted apart: a quantile is exact to one in so many.
 const PARTS: u64 = 32;
 
+/// Parts of all octaves.
+const PLACES: usize = 64 * 32;
+
 /// How long requests took, counted as they come.
 #[derive(Debug)]
 struct Times {
@@ -240,7 +243,7 @@ struct Times {
 
 impl Default for Times {
     fn default() -> Times {
-        Times { counts: vec![0; 64 * PARTS as usize], count: 0 }
+        Times { counts: vec![0; PLACES], count: 0 }
     }
 }
 
