@@ -145,6 +145,21 @@ fn a_lower_floor_is_accepted_by_name() {
     assert_eq!(server.terminate(), Some(0));
 }
 
+/// So all disks of a run of tests, or of a host, can have another engine; what is said of one disk counts more.
+#[test]
+fn an_engine_can_be_chosen_for_all_disks() {
+    let with = |variable: &str, more: &[&str]| {
+        let mut command = Command::new(program("outboard-blk"));
+        command.args(["--socket-path", "/nowhere/s", "--format", "null", "--size", "4096"]).args(more);
+        run(command.env("OUTBOARD_BLK_ENGINE", variable))
+    };
+    assert_eq!(with("none", &[]).code, Some(2), "the variable is read");
+    for (variable, more) in [("threads", &[][..]), ("none", &["--engine", "threads"])] {
+        let ended = with(variable, more);
+        assert!(ended.code == Some(1) && ended.err.contains("Cannot listen on /nowhere/s"), "{}", ended.err);
+    }
+}
+
 #[test]
 fn the_probe_says_what_is_wrong() {
     let scratch = Scratch::new();
