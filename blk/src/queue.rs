@@ -270,6 +270,10 @@ impl DiskQueue {
                     let rest = held(ticket).map(|chain| what.rest(chain, done));
                     job.note(rest.unwrap_or_else(|| Err(ErrorKind::NotFound.into())));
                 }
+                Moved::Nothing => {
+                    let again = self.sync(ticket);
+                    self.job(ticket).note(again);
+                }
                 Moved::Failed(error) => {
                     if job.is_sync(piece) {
                         self.shared.lost();

@@ -71,7 +71,7 @@ impl Job {
             (Ok(moved), Some(what)) if moved < what.len => Moved::Part(what.clone(), moved),
             (Ok(_), _) => Moved::All,
             (Err(error), Some(what)) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {
-                Moved::Part(what.clone(), 0)
+                if what.len == 0 { Moved::Nothing } else { Moved::Part(what.clone(), 0) }
             }
             (Err(error), _) => Moved::Failed(error),
         }
@@ -102,6 +102,8 @@ pub(super) enum Moved {
     All,
     /// So many bytes of it.
     Part(Move, u32),
+    /// It moves no data, and is to be done again.
+    Nothing,
     Failed(io::Error),
 }
 
@@ -160,5 +162,23 @@ impl Move {
         let all = request::data(chain, self.write);
         let piece = all.split_at(self.from).1.split_at(self.len).0;
         self.finish(piece, done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    /// A flush that was interrupted has made nothing durable.
+    #[test]
+    fn an_interrupted_sync_is_not_taken_for_done() {
+        let mut job = Job::new(0, Sort::Flush, Instant::now());
+        job.awaits(Move::nothing(File::new(Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()))));
+        assert!(matches!(job.take(0, Err(ErrorKind::Interrupted.into())), Moved::Nothing));
+        assert!(matches!(job.take(0, Ok(0)), Moved::All));
     }
 }
