@@ -10,7 +10,7 @@ use virtio::{Buffer, Chain};
 use crate::engine::{File, Work};
 use crate::metrics;
 use crate::request::{self, Status};
-use crate::volume::Guard;
+use crate::volume::{Barrier, Guard};
 
 use super::batch::Sort;
 
@@ -36,6 +36,8 @@ pub(super) struct Job {
     /// It has to be on the disk before the guest hears of it.
     pub(super) through: bool,
     pub(super) guard: Option<Guard>,
+    /// What was given up before it is free when its syncs are done.
+    pub(super) barrier: Option<Barrier>,
     pub(super) sort: Sort,
     /// When it was taken, as [`Batch`](super::batch::Batch) counts.
     pub(super) began: Option<Instant>,
@@ -50,6 +52,11 @@ impl Job {
 
     /// All of it is begun.
     pub(super) fn begun(&mut self) {
+        self.one_less();
+    }
+
+    /// Something that counted as an operation is over.
+    pub(super) fn one_less(&mut self) {
         self.left = self.left.saturating_sub(1);
     }
 
@@ -66,7 +73,7 @@ impl Job {
 
     /// An operation is done.
     pub(super) fn take(&mut self, piece: usize, outcome: io::Result<u32>) -> Moved {
-        self.left = self.left.saturating_sub(1);
+        self.one_less();
         match (outcome, self.moves.get(piece)) {
             (Ok(moved), Some(what)) if moved < what.len => Moved::Part(what.clone(), moved),
             (Ok(_), _) => Moved::All,
