@@ -110,7 +110,7 @@ pub struct Args {
     #[arg(long)]
     pub direct: bool,
     /// Who waits for the disk
-    #[arg(long, value_enum, value_name = "ENGINE", default_value = "auto")]
+    #[arg(long, value_enum, value_name = "ENGINE", default_value = "auto", env = "OUTBOARD_BLK_ENGINE")]
     pub engine: EngineKind,
     /// Queues, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]

@@ -18,16 +18,17 @@
 //! # A write that outlives its process
 //!
 //! A process that is killed is gone before the writes it had given to io_uring are: the kernel finishes them afterwards. Such a write
-//! could land on top of one that the successor has made since. It cannot, because of the image's lock: it belongs to the *open file*,
-//! which those writes hold, so the successor, which locks the image before it serves, gets it when the last of them is done. (A ring
-//! that knows files by numbers holds them until it is taken apart, which is some 25 ms after the process; so it is told of none.)
-//! `tests/suite` measures just that, on a disk that takes two seconds for a write.
+//! could land on top of one that the successor has made since, and so could zeroes. They cannot, because of the image's lock: it belongs
+//! to the *open file*, which those writes hold, so the successor, which locks the image before it serves, gets it when the last of them
+//! is done. (A ring that knows files by numbers holds them until it is taken apart, which is some 25 ms after the process; so it is told
+//! of none.) `tests/suite` measures just that, on disks that take two seconds for a write, or for zeroes.
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::fs::FallocateFlags;
 use virtio::Buffer;
 
 pub mod pool;
@@ -68,8 +69,48 @@ pub enum Work<'a> {
         /// From where.
         data: Buffer<'a>,
     },
+    /// Bytes of the file become zeroes.
+    Clear {
+        /// First byte.
+        offset: u64,
+        /// How many.
+        len: u32,
+        /// In which way.
+        how: Clear,
+    },
     /// What was written is on the disk afterwards.
     Sync,
+}
+
+/// How bytes of a file become zeroes. Not every file system can do all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clear {
+    /// Their space is given back.
+    Punch,
+    /// They keep their space.
+    Zero,
+    /// Zeroes are written, as many as one operation takes. It moves that many bytes.
+    Write,
+}
+
+impl Clear {
+    /// As `fallocate` has it, for what is not written.
+    fn mode(self) -> FallocateFlags {
+        let how = if self == Clear::Punch { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+        how | FallocateFlags::KEEP_SIZE
+    }
+}
+
+/// What [`Clear::Write`] writes: aligned as a file that is used past the page cache wants it.
+#[repr(align(4096))]
+struct Zeroes([u8; 64 * 1024]);
+
+static ZEROES: Zeroes = Zeroes([0; 64 * 1024]);
+
+/// Up to so many of them.
+fn zeroes(len: u32) -> &'static [u8] {
+    let all = &ZEROES.0;
+    all.get(..len as usize).unwrap_or(all)
 }
 
 /// The outcome of an operation: its id, and the bytes that were moved or what went wrong.

@@ -3,7 +3,7 @@
 //! # Theory of operation
 //!
 //! ```text
-//! chain ──▶ request.rs: Request (owned, checked)  ──▶ image.rs: preadv, pwritev, fdatasync, fallocate ──▶ status byte
+//! chain ──▶ request.rs: Request (owned, checked)  ──▶ queue.rs, engine.rs: read, write, sync, clear ──▶ status byte
 //! ```
 //!
 //! Each queue has a thread of its own, which shares nothing with the others but the image's descriptor: positional I/O needs no

@@ -14,9 +14,10 @@
 //! A write to a place that the image did not have yet is *claimed* first, and becomes part of the image with its batch: all its data is
 //! written, then [`Volume::commit`] changes the image's tables, and only then the guest hears of it.
 //!
-//! Who needs a range alone (discards, zeroes) first lets go of everything this queue is in: of two that wait for each other, one
-//! always holds nothing.
+//! Who needs a range alone (discards and zeroes of an image with tables) first lets go of everything this queue is in: of two that wait for
+//! each other, one always holds nothing.
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -29,13 +30,15 @@ use virtio::{Buffer, Chain};
 use crate::engine::{Engine, Work};
 use crate::request::{Request, Status, finish};
 use crate::shared::Shared;
-use crate::volume::{Busy, Place, Volume};
+use crate::volume::{Busy, Flush, Place, Volume};
 use crate::{direct, metrics};
 
 mod batch;
+mod change;
 mod job;
 
 use batch::{Batch, Sort};
+use change::Change;
 use job::{Job, Move, Moved};
 
 /// The thread of one queue.
@@ -48,6 +51,8 @@ pub struct DiskQueue {
     jobs: Vec<Job>,
     /// Jobs that wait for the image's tables.
     claimed: Vec<Ticket>,
+    /// Discards and zeroes that the engine makes. The first of them is in its hands.
+    changes: VecDeque<Change>,
     /// Jobs that are done.
     finished: Vec<Ticket>,
     poller: Poller,
@@ -68,6 +73,7 @@ impl DiskQueue {
             shared,
             jobs,
             claimed: Vec::new(),
+            changes: VecDeque::new(),
             finished: Vec::new(),
             poller,
             wait: None,
@@ -104,19 +110,18 @@ impl DiskQueue {
             }
             Request::Flush => {
                 metrics::FLUSHES.add(1);
-                if self.volume.flush()? {
+                if let Flush::Sync(barrier) = self.volume.flush()? {
+                    self.job(ticket).barrier = barrier;
                     self.sync(ticket)?;
                 }
             }
             Request::Discard(ranges) => {
                 metrics::DISCARDS.add(1);
-                self.let_go(|ticket| attempt.held(ticket));
-                ranges.iter().try_for_each(|range| self.volume.discard(range))?;
+                self.change(ticket, ranges, true, attempt)?;
             }
             Request::WriteZeroes(ranges) => {
                 metrics::ZEROES.add(1);
-                self.let_go(|ticket| attempt.held(ticket));
-                ranges.iter().try_for_each(|range| self.volume.write_zeroes(range))?;
+                self.change(ticket, ranges, false, attempt)?;
                 self.job(ticket).through = !self.shared.writes_back();
             }
             Request::SecureErase(ranges) => {
@@ -135,7 +140,8 @@ impl DiskQueue {
     }
 
     /// Keeps others from having the range alone for as long as the job lasts.
-    fn guard(&mut self, ticket: Ticket, offset: u64, len: u32, attempt: &Attempt<'_>) -> io::Result<()> {
+    fn guard(&mut self, ticket: Ticket, offset: u64, len: impl Into<u64>, attempt: &Attempt<'_>) -> io::Result<()> {
+        let len = len.into();
         let guard = match self.volume.share(offset, len) {
             Err(Busy) => {
                 self.let_go(|ticket| attempt.held(ticket));
@@ -230,6 +236,7 @@ impl DiskQueue {
         let id = self.job(ticket).id(ticket);
         let Some(file) = self.volume.top() else { return Ok(()) };
         self.shared.nothing_lost()?;
+        self.volume.nothing_lost()?;
         self.engine.begin(id, &file, Work::Sync)?;
         self.job(ticket).awaits(Move::nothing(file));
         Ok(())
@@ -237,7 +244,7 @@ impl DiskQueue {
 
     /// Makes what a request has changed durable: data and tables.
     fn make_last(&mut self, ticket: Ticket) -> io::Result<()> {
-        if self.volume.is_in_two_files() { self.volume.flush().map(drop) } else { self.sync(ticket) }
+        if self.volume.is_in_two_files() { self.volume.flush_both() } else { self.sync(ticket) }
     }
 
     /// Looks what is next for a job of which nothing is in flight. `true`: it is done.
@@ -251,6 +258,11 @@ impl DiskQueue {
             self.claimed.push(ticket);
             return false;
         }
+        if let Some(barrier) = job.barrier.take().filter(|_| !job.failed) {
+            let settled = self.volume.settle(barrier);
+            self.job(ticket).note(settled);
+        }
+        let job = self.job(ticket);
         if job.through && !job.failed {
             job.through = false;
             let last = self.make_last(ticket);
@@ -268,6 +280,10 @@ impl DiskQueue {
     fn reap<'a>(&mut self, held: impl Fn(Ticket) -> Option<&'a Chain>) {
         while let Some((id, outcome)) = self.engine.next() {
             let Some((ticket, piece)) = job::parts(id) else { continue };
+            if self.is_changing(ticket) {
+                self.changed(outcome);
+                continue;
+            }
             let job = self.job(ticket);
             match job.take(piece, outcome) {
                 Moved::All => {}
@@ -275,9 +291,14 @@ impl DiskQueue {
                     let rest = held(ticket).map(|chain| what.rest(chain, done));
                     job.note(rest.unwrap_or_else(|| Err(ErrorKind::NotFound.into())));
                 }
+                Moved::Nothing => {
+                    let again = self.sync(ticket);
+                    self.job(ticket).note(again);
+                }
                 Moved::Failed(error) => {
                     if job.is_sync(piece) {
                         self.shared.lost();
+                        self.volume.lost();
                     }
                     self.job(ticket).note(Err(error));
                 }

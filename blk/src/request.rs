@@ -77,7 +77,20 @@ impl Ranges {
         self.list.iter().take(self.count)
     }
 
-    fn push(&mut self, range: Range) -> Option<()> {
+    /// The piece with this number among those that are not empty.
+    pub fn get(&self, index: usize) -> Option<&Range> {
+        self.iter().filter(|range| range.len > 0).nth(index)
+    }
+
+    /// The first byte of all of them, and the bytes from there to the last. `None`: there is nothing in them.
+    pub fn span(&self) -> Option<(u64, u64)> {
+        let some = || self.iter().filter(|range| range.len > 0);
+        let start = some().map(|range| range.offset).min()?;
+        let end = some().map(|range| range.offset.saturating_add(range.len)).max()?;
+        Some((start, end.saturating_sub(start)))
+    }
+
+    pub(crate) fn push(&mut self, range: Range) -> Option<()> {
         *self.list.get_mut(self.count)? = range;
         self.count = self.count.saturating_add(1);
         Some(())

@@ -29,8 +29,10 @@ const TABLES: &[Rule] = &[
     allow(libc::SYS_fstat, "how long an image is"),
 ];
 
-const QUEUE: &[Rule] =
-    &[allow(libc::SYS_io_uring_enter, "reads, writes and flushes that have to wait for the disk; the ring can do nothing else")];
+const QUEUE: &[Rule] = &[allow(
+    libc::SYS_io_uring_enter,
+    "what has to wait for the disk: reads, writes, zeroes, flushes; the ring can do nothing else",
+)];
 
 const ERASE: &[Rule] =
     &[allow_if(libc::SYS_ioctl, &[When::Is(1, SECURE_ERASE)], "erasing a range so that nobody finds what was there")];
@@ -50,6 +52,7 @@ const OBEY: &[Rule] = &[
 const DISK: &[Rule] = &[
     allow(libc::SYS_preadv2, "reads, straight into guest memory"),
     allow(libc::SYS_pwritev2, "writes, straight from guest memory"),
+    allow(libc::SYS_fallocate, "space that is given back, and zeroes"),
     allow(libc::SYS_fdatasync, "flushes"),
 ];
 

@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
+pub use image::Barrier;
 use image::{Compressed, Error, FileId, Lookup, Shared};
 use sandbox::secure_erase;
 
@@ -28,6 +29,15 @@ pub enum Place {
     Compressed(Compressed),
     /// On a disk that keeps nothing.
     Nothing,
+}
+
+/// What makes a flush.
+#[derive(Debug)]
+pub enum Flush {
+    /// Nothing more.
+    Done,
+    /// A sync of the top file, and then perhaps [`Volume::settle`].
+    Sync(Option<Barrier>),
 }
 
 /// One queue's view of an image.
@@ -71,12 +81,12 @@ impl Volume {
     ///
     /// # Errors
     /// [`Busy`]: let go of all ranges and claims, then ask again.
-    pub fn share(&mut self, offset: u64, len: u32) -> Result<Guard, Busy> {
+    pub fn share(&mut self, offset: u64, len: u64) -> Result<Guard, Busy> {
         let epoch = self.disk.epoch();
         if epoch != self.epoch {
             (self.files, self.epoch) = (Vec::new(), epoch);
         }
-        self.lookup.share(offset, len.into()).map_err(|_| Busy)
+        self.lookup.share(offset, len).map_err(|_| Busy)
     }
 
     /// Where the first bytes of a range are, and how many of them are there together.
@@ -134,19 +144,61 @@ impl Volume {
         self.lookup.commit().map_err(told)
     }
 
-    /// Makes what was written last. `true`: it does when the top file is synced.
+    /// Begins to make what was written last.
     ///
     /// # Errors
     /// The image's.
-    pub fn flush(&mut self) -> io::Result<bool> {
+    pub fn flush(&mut self) -> io::Result<Flush> {
         if self.disk.is_null() || !self.lookup.image().is_writable() {
-            return Ok(false);
+            return Ok(Flush::Done);
         }
-        let tables = self.disk.has_tables();
-        if tables {
-            self.lookup.flush().map_err(told)?;
+        if self.is_in_two_files() {
+            return self.flush_both().map(|()| Flush::Done);
         }
-        Ok(!tables)
+        Ok(Flush::Sync(self.lookup.image().barrier().map_err(told)?))
+    }
+
+    /// Makes what was written last, of data and tables in a file each, and waits for it.
+    ///
+    /// # Errors
+    /// The image's.
+    pub fn flush_both(&mut self) -> io::Result<()> {
+        self.lookup.flush().map_err(told)
+    }
+
+    /// The sync that was the rest of a flush is done.
+    ///
+    /// # Errors
+    /// The image's.
+    pub fn settle(&mut self, barrier: Barrier) -> io::Result<()> {
+        self.lookup.image().settle(barrier).map_err(told)
+    }
+
+    /// A sync has failed that the image does not know of: what it makes last from now on would only seem to last.
+    pub fn lost(&self) {
+        self.lookup.image().lost();
+    }
+
+    /// No sync that the image has made itself has failed.
+    ///
+    /// # Errors
+    /// When one has.
+    pub fn nothing_lost(&self) -> io::Result<()> {
+        self.lookup.image().nothing_lost().map_err(told)
+    }
+
+    /// Whether the file system knows the ranges of the disk as ranges of a file: it has no tables.
+    pub fn is_plain(&self) -> bool {
+        !self.disk.is_null() && !self.disk.has_tables()
+    }
+
+    /// The file in which a range of the disk lies as it is. It does so for as long as the range is shared.
+    ///
+    /// # Errors
+    /// The image's.
+    pub fn plain(&mut self, offset: u64, len: u64) -> io::Result<Option<File>> {
+        let file = self.lookup.plain(offset, len).map_err(told)?;
+        file.map(|id| self.file(id)).transpose()
     }
 
     /// Gives the space of a range back.

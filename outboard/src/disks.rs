@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::args::{Disk, DiskCommand};
 use crate::control::client::Client;
-use crate::machine::disk::{self, Rate};
+use crate::machine::disk::{self, Limits, Rate};
 use crate::machine::size;
 use crate::{notices, runtime};
 
@@ -84,20 +84,8 @@ fn number(state: &Value, pointer: &str) -> u64 {
     state.pointer(pointer).and_then(Value::as_u64).unwrap_or(0)
 }
 
-fn limits(state: &Value) -> String {
-    let rate = |what: &str| Rate {
-        per_second: number(state, &format!("/limits/{what}/per_second")),
-        burst: number(state, &format!("/limits/{what}/burst")),
-    };
-    let (operations, bytes) = (rate("operations"), rate("bytes"));
-    let mut words = Vec::new();
-    if operations.per_second != 0 {
-        words.push(format!("{} requests a second ({} at once)", operations.per_second, operations.burst));
-    }
-    if bytes.per_second != 0 {
-        words.push(format!("{} a second ({} at once)", size::show(bytes.per_second), size::show(bytes.burst)));
-    }
-    if words.is_empty() { "without limits".to_owned() } else { format!("at most {}", words.join(" and ")) }
+fn limits(state: &Value) -> Limits {
+    serde_json::from_value(state["limits"].clone()).unwrap_or_default()
 }
 
 fn pause(state: &Value) -> String {

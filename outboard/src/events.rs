@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 
 use crate::args::Events;
 use crate::journal::Reader;
+use crate::machine::disk::Limits;
+use crate::machine::size;
 use crate::{moment, notices, runtime};
 
 /// What can happen.
@@ -31,6 +33,14 @@ pub enum What {
     ProcessRestarted,
     /// It is not started again.
     GaveUp,
+    /// What was written to a disk so far stays as it is; what comes goes to a new file.
+    DiskSnapshot,
+    /// What was written to its top image is forgotten.
+    DiskReset,
+    /// It has grown.
+    DiskResized,
+    /// It has new limits.
+    DiskLimited,
     /// The power button was pressed.
     PowerButton,
     /// The guest reset the machine.
@@ -61,6 +71,15 @@ pub struct Event {
     /// How often it was started again by now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restarts: Option<u32>,
+    /// The file that a disk goes on in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// How large a disk is now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// How much a disk may be used from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// The exit status of `outboard run`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u8>,
@@ -73,7 +92,18 @@ impl Event {
     /// Now.
     #[must_use]
     pub fn new(event: What) -> Self {
-        Self { time: moment::now(), event, device: None, pid: None, restarts: None, status: None, reason: None }
+        Self {
+            time: moment::now(),
+            event,
+            device: None,
+            pid: None,
+            restarts: None,
+            file: None,
+            bytes: None,
+            limits: None,
+            status: None,
+            reason: None,
+        }
     }
 
     /// To this device.
@@ -105,6 +135,10 @@ impl Event {
             What::ProcessEnded => ("OUTBOARD_PROCESS", process("ended")),
             What::ProcessRestarted => ("OUTBOARD_PROCESS", process("restarted")),
             What::GaveUp => ("OUTBOARD_PROCESS", process("gave-up")),
+            What::DiskSnapshot => ("OUTBOARD_DISK", json!({"device": self.device, "what": "snapshot", "file": self.file})),
+            What::DiskReset => ("OUTBOARD_DISK", json!({"device": self.device, "what": "reset"})),
+            What::DiskResized => ("OUTBOARD_DISK", json!({"device": self.device, "what": "resized", "bytes": self.bytes})),
+            What::DiskLimited => ("OUTBOARD_DISK", json!({"device": self.device, "what": "limited", "limits": self.limits})),
             What::PowerButton => ("POWERDOWN", json!({})),
             What::GuestRebooted => ("RESET", guest("reset")),
             What::GuestPoweredOff => ("SHUTDOWN", guest("shutdown")),
@@ -124,9 +158,16 @@ impl Event {
             (Some(reason), _, Some(status)) => format!("{reason} Status {status}."),
             (Some(reason), ..) => reason.clone(),
             (None, Some(pid), _) => format!("process {pid}, restart {}", self.restarts.unwrap_or_default()),
-            (None, None, _) => String::new(),
+            (None, None, _) => self.disk().unwrap_or_default(),
         };
         format!("{time}  {what:<17}  {device:<8}  {more}").trim_end().to_owned()
+    }
+
+    /// What a disk is now, for people.
+    fn disk(&self) -> Option<String> {
+        let file = self.file.as_ref().map(|file| format!("goes on in {}", file.escape_debug()));
+        let size = self.bytes.map(|bytes| format!("has {}", size::show(bytes)));
+        file.or(size).or_else(|| self.limits.map(|limits| limits.to_string()))
     }
 }
 
@@ -157,6 +198,10 @@ mod tests {
             r#"{"time":"2026-11-22T10:43:18.123Z","event":"process-ended","device":"root","reason":"was killed by signal 9"}"#;
         assert_eq!(text, expected);
         assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event);
+        let grown = Event { bytes: Some(40 << 30), time: event.time.clone(), ..Event::of(What::DiskResized, "root") };
+        assert_eq!(grown.line(), "2026-11-22 10:43:18  disk resized       root      has 40G");
+        let moved = Event { file: Some("/vm/a.qcow2".to_owned()), ..Event::of(What::DiskSnapshot, "root") };
+        assert!(moved.line().ends_with("  disk snapshot      root      goes on in /vm/a.qcow2"), "{}", moved.line());
     }
 
     #[test]
@@ -164,5 +209,8 @@ mod tests {
         let (name, data) = Event::of(What::DeviceBack, "root").qmp().unwrap();
         assert_eq!((name, data), ("OUTBOARD_DEVICE", json!({"device": "root", "state": "connected"})));
         assert_eq!(Event::new(What::GuestRebooted).qmp().unwrap().0, "RESET");
+        let grown = Event { bytes: Some(4096), ..Event::of(What::DiskResized, "root") };
+        let data = json!({"device": "root", "what": "resized", "bytes": 4096});
+        assert_eq!(grown.qmp().unwrap(), ("OUTBOARD_DISK", data));
     }
 }

@@ -122,6 +122,7 @@ impl Supervisor<'_> {
                     Source::Scraper(index) => self.scraped(index),
                 }
             }
+            self.note_disks();
             self.answer_clients();
             self.control.sweep();
             self.metrics.sweep();

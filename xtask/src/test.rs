@@ -1,7 +1,8 @@
 //! `cargo xtask test`: everything that can fail, in the order in which it fails soonest.
 //!
 //! 1. every unit and integration test of the workspace, on this host, without a guest;
-//! 2. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
+//! 2. those of them that use disks once more, with threads that wait for the disk where io_uring did;
+//! 3. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
 //!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere, together with the VMM's own guest tests
 //!    (`vmm/tests/guest.rs`), some of which skip themselves on a KVM that is none;
 //! 3. disk servers on a flash card (`tests/suite/tests/card.rs`): always in the nested machine, whose kernel takes modules for it.
@@ -15,6 +16,12 @@ use serde_json::Value;
 
 use crate::host::Kvm;
 use crate::{build, cache, card, disktools, guest, host, nested, say, uml, virtiofsd};
+
+/// Disks of ours have threads wait for the files, as on hosts that forbid io_uring.
+const THREADS: (&str, &str) = (ENGINE, "threads");
+
+/// What `outboard-blk` takes for `--engine` where that is not given.
+const ENGINE: &str = "OUTBOARD_BLK_ENGINE";
 
 /// Set everything up and run every test.
 #[derive(Debug, clap::Args)]
@@ -123,6 +130,9 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
         command.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
         command.args(["-E", "not (package(suite) and (binary(guest) or binary(card)))"]);
         commands.push(command);
+        let mut command = build::cargo();
+        command.args(["nextest", "run", "--package", "suite", "--no-fail-fast", "--profile", "engine"]).envs([THREADS]);
+        commands.push(command);
     } else {
         say::line("cargo-nextest is not installed (cargo install cargo-nextest): using cargo test.");
         let mut command = build::cargo();
@@ -133,6 +143,9 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
             command.args(["test", "--quiet", "--package", "suite", "--test", &test]);
             commands.push(command);
         }
+        let mut command = build::cargo();
+        command.args(["test", "--quiet", "--package", "suite", "--test", "suite"]).envs([THREADS]);
+        commands.push(command);
     }
     for mut command in commands {
         command
@@ -198,6 +211,9 @@ fn one_in_nested(name: &str, program: &Path, programs: &Path, test: &str) -> Res
     let mut script =
         format!("export OUTBOARD_BIN=/outboard/bin\nmkdir -p {place} && rmdir {place} && ln -s /outboard/bin {place}\n");
     let mut files = vec![(program.to_path_buf(), format!("files/{name}"))];
+    if let Ok(engine) = std::env::var(ENGINE) {
+        script.push_str(&format!("export {ENGINE}={}\n", nested::quote(&engine)));
+    }
     for Peer { module, variable, prepare } in PEERS.iter().filter(|peer| test.split("::").any(|part| part == peer.module)) {
         files.push((prepare()?, format!("files/peer-{module}")));
         script.push_str(&format!("export {variable}=/outboard/files/peer-{module}\n"));

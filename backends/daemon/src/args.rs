@@ -63,6 +63,12 @@ pub struct Base {
     /// The process is in its namespaces already
     #[arg(long, hide = true)]
     pub namespaced: bool,
+    /// The socket of --socket-path, which the waiting parent has bound
+    #[arg(long, hide = true, value_name = "FD", requires = "namespaced", value_parser = clap::value_parser!(i32).range(3..))]
+    pub listener_fd: Option<RawFd>,
+    /// Where the waiting parent hears that frontends may come
+    #[arg(long, hide = true, value_name = "FD", requires = "namespaced", value_parser = clap::value_parser!(i32).range(3..))]
+    pub ready_fd: Option<RawFd>,
     /// The page in which counters are shown
     #[arg(long, hide = true, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
     pub metrics_fd: Option<RawFd>,

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::{CWD, FileType, RenameFlags};
 use rustix::net::sockopt;
 
-use crate::args::Socket;
+use crate::args::{Base, Socket};
 
 /// A socket that is connected, or one on which connections come in.
 #[derive(Debug)]
@@ -20,13 +20,13 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
-    pub(crate) fn open(socket: &Socket) -> Result<Endpoint> {
-        match (&socket.socket_path, socket.fd) {
-            (Some(path), _) => listen(path).map(Endpoint::Listening),
-            (None, Some(fd)) => {
+    pub(crate) fn open(socket: &Socket, base: &Base) -> Result<Endpoint> {
+        match (&socket.socket_path, base.listener_fd.or(socket.fd)) {
+            (_, Some(fd)) => {
                 let socket = sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} of --fd is not open"))?;
                 from_fd(socket).with_context(|| format!("Cannot use descriptor {fd} of --fd"))
             }
+            (Some(path), None) => listen(path).map(Endpoint::Listening),
             (None, None) => bail!("Neither --socket-path nor --fd is given"),
         }
     }
@@ -52,40 +52,66 @@ fn from_fd(fd: OwnedFd) -> Result<Endpoint> {
 
 /// Listens on a unix socket at `path`. A socket that a dead process has left there is replaced.
 ///
-/// The path appears when a connection can be made, not before: whoever waits for it need not try again. So the socket is made under
-/// another name and moved.
+/// The path appears when a connection can be made, not before: whoever waits for it need not try again.
 ///
 /// # Errors
 /// When there is a file that is no socket, another process listens, or the path cannot be used.
 pub fn listen(path: &Path) -> Result<UnixListener> {
-    let aside = aside(path);
-    // The second was left by a process that died in the middle of this function.
-    for name in [path, &aside] {
-        if name.symlink_metadata().is_ok() {
-            remove_stale(name)?;
-        }
+    let (listener, mut name) = Name::bind(path)?;
+    let appeared = name.appear();
+    if appeared.is_err() {
+        name.remove();
     }
-    let listener = match UnixListener::bind(&aside) {
-        Ok(listener) => appear(&aside, path).map(|()| listener),
-        // The other name may be the longer one, and too long for a socket.
-        Err(error) if error.kind() == ErrorKind::InvalidInput => UnixListener::bind(path),
-        Err(error) => Err(error),
-    };
-    listener.with_context(|| format!("Cannot listen on {}", path.display()))
+    appeared.map(|()| listener)
+}
+
+/// The name of a socket that listens: another one until it is to appear under its own.
+#[derive(Debug)]
+pub(crate) struct Name {
+    path: PathBuf,
+    /// What it is until then.
+    aside: Option<PathBuf>,
+}
+
+impl Name {
+    /// Binds a socket that is to appear at `path`.
+    pub(crate) fn bind(path: &Path) -> Result<(UnixListener, Name)> {
+        let aside = aside(path);
+        // The second was left by a process that died before it served.
+        for name in [path, &aside] {
+            if name.symlink_metadata().is_ok() {
+                remove_stale(name)?;
+            }
+        }
+        let bound = match UnixListener::bind(&aside) {
+            Ok(listener) => Ok((listener, Some(aside))),
+            // The other name may be the longer one, and too long for a socket.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => UnixListener::bind(path).map(|listener| (listener, None)),
+            Err(error) => Err(error),
+        };
+        let (listener, aside) = bound.with_context(|| format!("Cannot listen on {}", path.display()))?;
+        Ok((listener, Name { path: path.to_owned(), aside }))
+    }
+
+    /// The path appears, if nothing else has by now.
+    pub(crate) fn appear(&mut self) -> Result<()> {
+        let Some(aside) = &self.aside else { return Ok(()) };
+        let moved = rustix::fs::renameat_with(CWD, aside, CWD, &self.path, RenameFlags::NOREPLACE);
+        moved.map_err(io::Error::from).with_context(|| format!("Cannot listen on {}", self.path.display()))?;
+        self.aside = None;
+        Ok(())
+    }
+
+    /// Takes it away, whichever it is.
+    pub(crate) fn remove(&self) {
+        let _already_gone = rustix::fs::unlink(self.aside.as_ref().unwrap_or(&self.path));
+    }
 }
 
 /// A name beside `path`, always the same one: process ids are no help, since each of us is number 1 of its namespace.
 fn aside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}~"))
-}
-
-fn appear(aside: &Path, path: &Path) -> io::Result<()> {
-    let moved = rustix::fs::renameat_with(CWD, aside, CWD, path, RenameFlags::NOREPLACE);
-    if moved.is_err() {
-        let _was_ours = std::fs::remove_file(aside);
-    }
-    Ok(moved?)
 }
 
 /// Removes a socket that a process has left behind, and nothing else.

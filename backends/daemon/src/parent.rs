@@ -1,20 +1,27 @@
 //! The waiting parent of a process that was started by hand.
 //!
 //! A process cannot move itself into a new PID namespace; only its child is born there. So a program that was not started by the
-//! composer starts itself again inside its namespaces, and this parent passes signals on, waits, ends as its child ended, and
-//! removes the socket's file, which the confined child cannot. It gives up all it does not need for that. Its death is the
-//! child's.
+//! composer starts itself again inside its namespaces, and this parent passes signals on, waits, and ends as its child ended.
+//!
+//! It also has the name of the child's socket, which the confined child could neither show nor remove. The socket is bound before the
+//! child starts, under another name. It gets its own when the child says that it serves: whoever finds the path before that would meet
+//! a program that has not read its image yet, and may refuse it.
+//!
+//! The parent gives up all it does not need for that. Its death is the child's.
 
 use std::env;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use caps::CapSet;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_dumpable_behavior, waitid};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use sandbox::{Filter, Rule, Spawn, When, allow, allow_if, signal_fd, spawn};
+
+use crate::endpoint::Name;
 
 /// Signals that are passed on.
 const FORWARDED: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGWINCH];
@@ -32,6 +39,7 @@ const RULES: &[Rule] = &[
     allow(libc::SYS_read, "which signal it was"),
     allow(libc::SYS_pidfd_send_signal, "passing it on"),
     allow(libc::SYS_waitid, "how the child ended"),
+    allow(libc::SYS_renameat2, "the child's socket gets its name"),
     allow(libc::SYS_unlinkat, "the file of the child's socket"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, TCSETS2)], "the terminal is put back"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, TCSETS)], "the terminal is put back"),
@@ -56,27 +64,61 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     // Asked before the child changes it.
     let terminal = tcgetattr(&stdin).ok();
+    let (listener, mut door) = socket.map(Door::new).transpose()?.unzip();
+    let mut args: Vec<_> = env::args_os().skip(1).collect();
+    let mut fds: Vec<_> = inherited.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect();
+    let ready = door.iter().map(|door| ("--ready-fd", door.ready.as_fd()));
+    for (flag, fd) in listener.iter().map(|listener| ("--listener-fd", listener.as_fd())).chain(ready) {
+        let number = (3..).find(|free| fds.iter().all(|(_, number)| number != free)).unwrap_or(3);
+        args.extend([flag.into(), number.to_string().into()]);
+        fds.push((fd, number));
+    }
     let child = spawn(&Spawn {
         program: &program,
-        args: env::args_os().skip(1).collect(),
-        fds: inherited.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect(),
+        args,
+        fds,
         stdin: Some(stdin.as_fd()),
         stdout: Some(stdout.as_fd()),
         stderr: Some(stderr.as_fd()),
         net: None,
     })?;
     // The child has them; a copy here would keep a connection open after its death.
-    drop(inherited);
+    drop((inherited, listener));
     give_up()?;
-    let status = wait(child.pid, child.pidfd.as_fd(), signals.as_fd())?;
+    let ended = wait(child.pid, child.pidfd.as_fd(), signals.as_fd(), door.as_mut());
     // Also when the child was killed before it could do so.
     if let Some(before) = terminal {
         let _gone = tcsetattr(&stdin, OptionalActions::Now, &before);
     }
-    if let Some(path) = socket {
-        let _already_gone = rustix::fs::unlink(path);
+    ended
+}
+
+/// The name of the child's socket.
+struct Door {
+    name: Name,
+    ready: OwnedFd,
+    shown: bool,
+}
+
+impl Door {
+    fn new(path: &Path) -> Result<(UnixListener, Door)> {
+        let ready = eventfd(0, EventfdFlags::CLOEXEC).context("Cannot watch for the program to serve")?;
+        let (listener, name) = Name::bind(path)?;
+        Ok((listener, Door { name, ready, shown: false }))
     }
-    Ok(status)
+
+    /// The child serves: whoever looks may come.
+    fn show(&mut self) -> Result<()> {
+        self.shown = true;
+        self.name.appear()
+    }
+}
+
+/// Also when the child was killed, or never started.
+impl Drop for Door {
+    fn drop(&mut self) {
+        self.name.remove();
+    }
 }
 
 fn give_up() -> Result<()> {
@@ -89,17 +131,26 @@ fn give_up() -> Result<()> {
     Ok(Filter::new(&[RULES])?.install()?)
 }
 
-fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>) -> Result<u8> {
+fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>, mut door: Option<&mut Door>) -> Result<u8> {
+    let mut shown = Ok(());
     loop {
-        let mut fds = [PollFd::from_borrowed_fd(child, PollFlags::IN), PollFd::from_borrowed_fd(signals, PollFlags::IN)];
+        let waiting = door.as_ref().filter(|door| !door.shown);
+        let ready = waiting.map_or(child, |door| door.ready.as_fd());
+        let mut fds = [child, signals, ready].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // An interrupted wait leaves the results empty.
         let _interrupted = poll(&mut fds, None);
-        let [ended, signalled] = fds.map(|fd| !fd.revents().is_empty());
+        let [ended, signalled, ready] = fds.map(|fd| !fd.revents().is_empty());
         if signalled && let Some(signal) = next_signal(signals) {
             let _already_gone = pidfd_send_signal(child, signal);
         }
         if ended {
-            return Ok(status(pid));
+            return shown.map(|()| status(pid));
+        }
+        if ready && let Some(door) = door.as_deref_mut() {
+            shown = door.show();
+            if shown.is_err() {
+                let _already_gone = pidfd_send_signal(child, Signal::TERM);
+            }
         }
     }
 }

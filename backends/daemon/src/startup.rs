@@ -93,7 +93,7 @@ fn print_man<A: Arguments>() -> io::Result<()> {
 fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
     let mut inherited = args.inherited();
     inherited.extend(args.socket().and_then(|socket| socket.fd));
-    inherited.extend(args.base().metrics_fd);
+    inherited.extend([args.base().metrics_fd, args.base().listener_fd, args.base().ready_fd].into_iter().flatten());
     if !args.base().namespaced {
         let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
         return parent::run(&inherited, socket);
@@ -165,20 +165,21 @@ impl<A: Arguments> Startup<A> {
         self.args.base().metrics_fd.map(|fd| self.inherited(fd)).transpose()
     }
 
-    /// Gives up everything that is not open. The socket, if the arguments name one, is opened before.
+    /// Gives up everything that is not open. The socket, if the arguments name one, is opened before; its path appears when it is served.
     ///
     /// # Errors
     /// When the socket cannot be had, or the process cannot be confined.
     pub fn confine(self) -> Result<Confined> {
         let policy = self.policy;
-        let endpoint = self.args.socket().map(Endpoint::open).transpose()?;
+        let base = self.args.base();
+        let endpoint = self.args.socket().map(|socket| Endpoint::open(socket, base)).transpose()?;
+        let ready = base.ready_fd.map(|fd| self.inherited(fd)).transpose()?;
         let control = Filter::new(policy.control)?;
         // Blocked before there are threads, so that they inherit it.
         let stop = Stop::new()?;
-        let kernel =
-            confine(&policy.limits, self.args.base().sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
+        let kernel = confine(&policy.limits, base.sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
         debug!(landlock = kernel.landlock, mdwe = kernel.refuses_executable_memory, "confined");
-        Ok(Confined { policy, endpoint, control, stop })
+        Ok(Confined { policy, endpoint, ready, control, stop })
     }
 }
 
@@ -187,6 +188,8 @@ impl<A: Arguments> Startup<A> {
 pub struct Confined {
     policy: &'static Policy,
     endpoint: Option<Endpoint>,
+    /// Who shows the socket's path, when frontends may come.
+    ready: Option<OwnedFd>,
     control: Filter,
     stop: Stop,
 }
@@ -294,9 +297,12 @@ impl Confined {
     /// # Errors
     /// What ended a connected frontend's service. Where the process listens, that is a log line, and it goes on.
     pub fn serve(self, mut each: impl FnMut(UnixStream, BorrowedFd<'_>) -> Result<()>) -> Result<u8> {
-        let Confined { endpoint, control, stop, .. } = self;
+        let Confined { endpoint, ready, control, stop, .. } = self;
         let endpoint = endpoint.context("There is no socket to serve")?;
         control.install()?;
+        if let Some(parent) = ready {
+            let _without_it_nobody_comes = rustix::io::write(&parent, &1u64.to_ne_bytes());
+        }
         match endpoint {
             Endpoint::Connected(stream) => each(stream, stop.either.as_fd())?,
             Endpoint::Listening(listener) => {

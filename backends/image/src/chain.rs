@@ -143,6 +143,15 @@ impl Node {
         }
     }
 
+    /// Its files: tables and data may have one each.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Arc<dyn Storage>> {
+        let (first, other) = match self {
+            Node::Raw { file, .. } => (file, None),
+            Node::Qcow2(image) => (&image.file, image.data.as_ref()),
+        };
+        [first].into_iter().chain(other)
+    }
+
     /// The file that guest data is in.
     pub(crate) fn data_file(&self) -> &Arc<dyn Storage> {
         match self {

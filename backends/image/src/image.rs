@@ -28,6 +28,14 @@ impl Default for Options {
     }
 }
 
+/// A flush that somebody else makes: see [`Image::barrier`].
+#[derive(Debug)]
+pub struct Barrier {
+    node: Arc<Node>,
+    /// What was freed last when it began.
+    ticket: u64,
+}
+
 /// A disk image, for all queues together.
 #[derive(Debug)]
 pub struct Image {
@@ -138,6 +146,48 @@ impl Image {
             Node::Raw { file, .. } => file.sync().map_err(Error::io("Cannot make the image durable")),
             Node::Qcow2(image) => image.flush(&self.ranges),
         }
+    }
+
+    /// Begins a flush whose waiting is the caller's: it syncs [`top_file`](Image::top_file), which has to hold data and tables, and then says
+    /// so, with [`settle`](Image::settle). If that sync fails, it says [`lost`](Image::lost). `None`: the sync is all there is to do.
+    ///
+    /// # Errors
+    /// There always is a top image.
+    pub fn barrier(&self) -> Result<Option<Barrier>> {
+        let node = self.top()?;
+        let ticket = match &*node {
+            Node::Raw { .. } => return Ok(None),
+            Node::Qcow2(image) => image.ticket(),
+        };
+        Ok(Some(Barrier { node, ticket }))
+    }
+
+    /// The sync of a flush is done, which began after [`barrier`](Image::barrier): what was freed before that is given back. It is the image
+    /// of that moment that is meant. If an overlay was put on it meanwhile, it was closed, and there is nothing to do.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn settle(&self, barrier: Barrier) -> Result<()> {
+        match &*barrier.node {
+            Node::Raw { .. } => Ok(()),
+            Node::Qcow2(image) => image.give_back(barrier.ticket, &self.ranges),
+        }
+    }
+
+    /// A sync has failed that the caller has made. The system tells of that once; from now on the image's own syncs fail, too.
+    pub fn lost(&self) {
+        if let Ok(top) = self.top() {
+            top.files().for_each(|file| file.lost());
+        }
+    }
+
+    /// No sync of the top image's files has failed.
+    ///
+    /// # Errors
+    /// When one has.
+    pub fn nothing_lost(&self) -> Result<()> {
+        let top = self.top()?;
+        top.files().try_for_each(|file| file.nothing_lost()).map_err(Error::io("Cannot make the image durable"))
     }
 
     /// Ends writing: what was reserved is given back, and the image no longer says that it is in use. Nothing may be in flight.

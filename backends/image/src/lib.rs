@@ -84,7 +84,7 @@ mod storage;
 
 pub use chain::{Format, Info, Layer, MAX_DEPTH};
 pub use error::{Error, Result};
-pub use image::{Image, Options};
+pub use image::{Barrier, Image, Options};
 pub use lookup::{Compressed, Extent, Lookup, Place};
 pub use qcow2::check::{Report, check};
 pub use qcow2::create::{Create, create};

@@ -232,11 +232,21 @@ impl Qcow2 {
 
     /// A barrier: what was written is durable, and what was freed before is given back.
     pub(crate) fn flush(&self, ranges: &Ranges) -> Result<()> {
-        let (ticket, _) = self.meta().freed();
+        let ticket = self.ticket();
         if let Some(data) = &self.data {
             data.sync().map_err(Error::io("Cannot make the data of the image durable"))?;
         }
         self.file.sync().map_err(Error::io("Cannot make the image durable"))?;
+        self.give_back(ticket, ranges)
+    }
+
+    /// What was freed last. A barrier that begins now covers it.
+    pub(crate) fn ticket(&self) -> u64 {
+        self.meta().freed().0
+    }
+
+    /// A barrier has passed that began when this was freed last.
+    pub(crate) fn give_back(&self, ticket: u64, ranges: &Ranges) -> Result<()> {
         let mut meta = self.meta();
         if meta.freed().1 > 0 && !self.tables.is_corrupt() {
             match meta.space()?.settle(ticket, Some(ranges)) {

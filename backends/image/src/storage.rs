@@ -81,6 +81,17 @@ pub trait Storage: Send + Sync + Debug {
     /// The system's.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// Somebody else's sync of it has failed, and the system will not say so again.
+    fn lost(&self) {}
+
+    /// No sync of it has failed.
+    ///
+    /// # Errors
+    /// When one has.
+    fn nothing_lost(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Whether the length cannot be changed: a block device.
     fn fixed(&self) -> bool {
         false
@@ -203,12 +214,7 @@ impl Storage for FileStorage {
         if self.volatile {
             return Ok(());
         }
-        // After a failure the system takes what it could not write for written: a later success would mean nothing.
-        if self.lost.load(Ordering::Relaxed) {
-            return Err(io::Error::other(
-                "An earlier attempt to make the file durable failed, and what was lost then is not known",
-            ));
-        }
+        self.nothing_lost()?;
         let done = retry(|| fdatasync(&self.file));
         self.lost.fetch_or(done.is_err(), Ordering::Relaxed);
         Ok(done?)
@@ -227,6 +233,20 @@ impl Storage for FileStorage {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "A block device cannot change its length"));
         }
         Ok(retry(|| ftruncate(&self.file, len))?)
+    }
+
+    fn lost(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    /// After a failure the system takes what it could not write for written: a later success would mean nothing.
+    fn nothing_lost(&self) -> io::Result<()> {
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "An earlier attempt to make the file durable failed, and what was lost then is not known",
+            ));
+        }
+        Ok(())
     }
 
     fn fixed(&self) -> bool {

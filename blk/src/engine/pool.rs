@@ -4,15 +4,16 @@
 //! mapped. Its outcome goes to the box of the queue that asked, with a ring of that box's bell.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::fdatasync;
+use rustix::fs::{fallocate, fdatasync};
+use rustix::io::{ReadWriteFlags, pwritev2};
 use virtio::OwnedBuffer;
 
-use crate::engine::{Done, Engine, File, Work};
+use crate::engine::{Clear, Done, Engine, File, Work, zeroes};
 
 /// Threads of a device: as many operations can wait for the disk at once.
 pub const THREADS: u16 = 8;
@@ -21,6 +22,7 @@ pub const THREADS: u16 = 8;
 enum Task {
     Read(u64, OwnedBuffer),
     Write(u64, OwnedBuffer),
+    Clear(u64, u32, Clear),
     Sync,
 }
 
@@ -75,12 +77,20 @@ fn carry_out(file: &File, task: &Task) -> io::Result<u32> {
         let outcome = match task {
             Task::Read(offset, data) => data.as_buffer().read_from(file.as_fd(), Some(*offset)),
             Task::Write(offset, data) => data.as_buffer().write_to(file.as_fd(), Some(*offset)),
+            Task::Clear(offset, len, how) => clear(file, *offset, *len, *how),
             Task::Sync => fdatasync(file).map(|()| 0).map_err(Into::into),
         };
         match outcome {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             other => return other.map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX)),
         }
+    }
+}
+
+fn clear(file: &File, offset: u64, len: u32, how: Clear) -> io::Result<usize> {
+    match how {
+        Clear::Write => Ok(pwritev2(file, &[IoSlice::new(zeroes(len))], offset, ReadWriteFlags::empty())?),
+        Clear::Punch | Clear::Zero => Ok(fallocate(file, how.mode(), offset, len.into()).map(|()| 0)?),
     }
 }
 
@@ -111,6 +121,7 @@ impl Engine for Pool {
         let task = match work {
             Work::Read { offset, data } => Task::Read(offset, data.detached()),
             Work::Write { offset, data } => Task::Write(offset, data.detached()),
+            Work::Clear { offset, len, how } => Task::Clear(offset, len, how),
             Work::Sync => Task::Sync,
         };
         self.collected.push(Job { id, file: file.clone(), task, to: Arc::clone(&self.outcomes) });

@@ -17,7 +17,7 @@ use io_uring::{IoUring, opcode};
 use rustix::io::Errno;
 use virtio::Buffer;
 
-use crate::engine::{Done, Engine, File, Work};
+use crate::engine::{Clear, Done, Engine, File, Work, zeroes};
 
 /// Entries of the submission ring. What does not fit goes to the kernel before the rest.
 const ENTRIES: u32 = 256;
@@ -63,8 +63,9 @@ impl Uring {
             .build(ENTRIES)?;
         let submitter = ring.submitter();
         submitter.register_iowq_max_workers(&mut [WORKERS, WORKERS])?;
-        let codes = [opcode::Read::CODE, opcode::Readv::CODE, opcode::Write::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
-        let mut rules: Vec<Restriction> = codes.into_iter().map(Restriction::sqe_op).collect();
+        let moves = [opcode::Read::CODE, opcode::Readv::CODE, opcode::Write::CODE, opcode::Writev::CODE];
+        let codes = moves.into_iter().chain([opcode::Fallocate::CODE, opcode::Fsync::CODE]);
+        let mut rules: Vec<Restriction> = codes.map(Restriction::sqe_op).collect();
         rules.push(Restriction::sqe_flags_allowed(Flags::empty().bits()));
         submitter.register_restrictions(&mut rules)?;
         Ok(Uring { ring, vectors: Vec::with_capacity(VECTORS), done: VecDeque::new(), in_flight: 0 })
@@ -90,6 +91,13 @@ impl Uring {
                 Place::One(at, len) => opcode::Write::new(fd, at, len).offset(offset).build(),
                 Place::Many(list, count) => opcode::Writev::new(fd, list, count).offset(offset).build(),
             },
+            Work::Clear { offset, len, how: Clear::Write } => {
+                let zeroes = zeroes(len);
+                opcode::Write::new(fd, zeroes.as_ptr(), u32::try_from(zeroes.len()).unwrap_or(len)).offset(offset).build()
+            }
+            Work::Clear { offset, len, how } => {
+                opcode::Fallocate::new(fd, len.into()).offset(offset).mode(how.mode().bits().cast_signed()).build()
+            }
             Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
         })
     }
@@ -147,8 +155,8 @@ impl Engine for Uring {
             self.submit();
         }
         // SAFETY: the entry points at guest memory, which stays mapped until the outcome was taken (`Engine`), and which any thread, the
-        // guest and the kernel may read and write at any time; or at `vectors`, which are neither moved nor changed before
-        // `submit` has handed the entry on.
+        // guest and the kernel may read and write at any time; or at zeroes that are there for ever, to be read; or at `vectors`,
+        // which are neither moved nor changed before `submit` has handed the entry on.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| Errno::BUSY)?;
         self.in_flight += 1;
         Ok(())

@@ -10,7 +10,7 @@ use virtio::{Buffer, Chain};
 use crate::engine::{File, Work};
 use crate::metrics;
 use crate::request::{self, Status};
-use crate::volume::Guard;
+use crate::volume::{Barrier, Guard};
 
 use super::batch::Sort;
 
@@ -36,6 +36,8 @@ pub(super) struct Job {
     /// It has to be on the disk before the guest hears of it.
     pub(super) through: bool,
     pub(super) guard: Option<Guard>,
+    /// What was given up before it is free when its syncs are done.
+    pub(super) barrier: Option<Barrier>,
     pub(super) sort: Sort,
     /// When it was taken, as [`Batch`](super::batch::Batch) counts.
     pub(super) began: Option<Instant>,
@@ -53,6 +55,11 @@ impl Job {
 
     /// All of it is begun.
     pub(super) fn begun(&mut self) {
+        self.one_less();
+    }
+
+    /// Something that counted as an operation is over.
+    pub(super) fn one_less(&mut self) {
         self.left = self.left.saturating_sub(1);
     }
 
@@ -69,12 +76,12 @@ impl Job {
 
     /// An operation is done.
     pub(super) fn take(&mut self, piece: usize, outcome: io::Result<u32>) -> Moved {
-        self.left = self.left.saturating_sub(1);
+        self.one_less();
         match (outcome, self.moves.get(piece)) {
             (Ok(moved), Some(what)) if moved < what.len => Moved::Part(what.clone(), moved),
             (Ok(_), _) => Moved::All,
             (Err(error), Some(what)) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {
-                Moved::Part(what.clone(), 0)
+                if what.len == 0 { Moved::Nothing } else { Moved::Part(what.clone(), 0) }
             }
             (Err(error), _) => Moved::Failed(error),
         }
@@ -105,6 +112,8 @@ pub(super) enum Moved {
     All,
     /// So many bytes of it.
     Part(Move, u32),
+    /// It moves no data, and is to be done again.
+    Nothing,
     Failed(io::Error),
 }
 
@@ -163,5 +172,24 @@ impl Move {
         let all = request::data(chain, self.write);
         let piece = all.split_at(self.from).1.split_at(self.len).0;
         self.finish(piece, done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    /// A flush that was interrupted has made nothing durable.
+    #[test]
+    fn an_interrupted_sync_is_not_taken_for_done() {
+        let mut job = Job::default();
+        job.begin(0, Sort::Flush, Instant::now());
+        job.awaits(Move::nothing(File::new(Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap()))));
+        assert!(matches!(job.take(0, Err(ErrorKind::Interrupted.into())), Moved::Nothing));
+        assert!(matches!(job.take(0, Ok(0)), Moved::All));
     }
 }

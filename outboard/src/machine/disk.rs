@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use super::{Backend, Class, Device, Program, Stdio, size};
 use crate::args::ImageFormat;
@@ -24,7 +26,7 @@ pub struct Image {
 }
 
 /// What is allowed in a second, and at once after a pause.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
     /// In a second; zero: as much as there is.
     pub per_second: u64,
@@ -44,12 +46,27 @@ impl Rate {
 }
 
 /// How much a disk may be used.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Requests.
     pub operations: Rate,
     /// Bytes.
     pub bytes: Rate,
+}
+
+/// For people.
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Limits { operations, bytes } = self;
+        let mut words = Vec::new();
+        if operations.per_second != 0 {
+            words.push(format!("{} requests a second ({} at once)", operations.per_second, operations.burst));
+        }
+        if bytes.per_second != 0 {
+            words.push(format!("{} a second ({} at once)", size::show(bytes.per_second), size::show(bytes.burst)));
+        }
+        if words.is_empty() { f.write_str("without limits") } else { write!(f, "at most {}", words.join(" and ")) }
+    }
 }
 
 /// A disk.

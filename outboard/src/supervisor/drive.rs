@@ -34,6 +34,7 @@ use self::job::Job;
 use self::line::Line;
 use crate::args::ImageFormat;
 use crate::control::Ticket;
+use crate::events::Event;
 use crate::machine::disk::{Disk, Image, Limits};
 use crate::overlay;
 
@@ -55,6 +56,7 @@ pub struct Drive<'a> {
     line: Option<Line>,
     jobs: VecDeque<Job>,
     done: Vec<(Ticket, Answer)>,
+    happened: Vec<Event>,
 }
 
 /// What a process is started with.
@@ -87,6 +89,7 @@ impl<'a> Drive<'a> {
             line: None,
             jobs: VecDeque::new(),
             done: Vec::new(),
+            happened: Vec::new(),
         }
     }
 
@@ -187,6 +190,11 @@ impl<'a> Drive<'a> {
     /// When somebody has waited long enough.
     pub fn due(&self) -> Option<Instant> {
         self.jobs.iter().filter_map(Job::due).min()
+    }
+
+    /// What has become of the disk since this was asked last.
+    pub fn take_happened(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.happened)
     }
 
     /// Answers that are ready.

@@ -148,6 +148,13 @@ impl Supervisor<'_> {
         }
     }
 
+    /// What has become of disks is kept and told before whoever asked for it is answered.
+    pub(super) fn note_disks(&mut self) {
+        let drives = self.slots.iter_mut().filter_map(|slot| slot.drive.as_mut());
+        let happened: Vec<Event> = drives.flat_map(|drive| drive.take_happened()).collect();
+        happened.iter().for_each(|event| self.happened(event));
+    }
+
     /// Those whose disk has answered. What a client has said while it waited comes next.
     pub(super) fn answer_clients(&mut self) {
         loop {

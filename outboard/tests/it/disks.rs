@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::machine::{Machine, Running, eventually, kill, process};
 
@@ -162,6 +162,42 @@ fn limits_outlive_a_process_and_what_is_not_given_stays() {
     assert_eq!(table, expected);
     machine.run(&["stop", "web"]);
     running.end();
+}
+
+/// Also a snapshot that nobody knows the old process to have made: its successor begins with it.
+#[test]
+fn what_becomes_of_a_disk_is_among_the_events() {
+    let machine = Machine::new().file(DISK).pretend("blk:takes");
+    let running = machine.start();
+    let path = machine.dir.join("new.qcow2").display().to_string();
+    for words in [&["resize", "root", "2M"][..], &["limit", "root", "--ops", "50:100"], &["snapshot", "root", &path]] {
+        let outcome = machine.run(&[&["disk", "web"], words].concat());
+        assert_eq!(outcome.status, Some(0), "{}", outcome.stderr);
+    }
+    assert_eq!(machine.run(&["disk", "web", "reset", "root"]).status, Some(0));
+    assert_eq!(machine.run(&["disk", "web", "snapshot", "root", "new.qcow2"]).status, Some(1), "it is there already");
+    machine.run(&["disk", "web", "status"]);
+    let said = machine.run(&["events", "web", "--json"]).stdout;
+    let all = said.lines().map(|line| serde_json::from_str(line).unwrap());
+    let of_disks = all.filter(|event: &Value| event["event"].as_str().unwrap().starts_with("disk-"));
+    let without_time = |mut event: Value| {
+        event.as_object_mut().unwrap().remove("time");
+        event
+    };
+    let limits = json!({"operations": {"per_second": 50, "burst": 100}, "bytes": {"per_second": 0, "burst": 0}});
+    let expected = [
+        json!({"event": "disk-resized", "device": "root", "bytes": 2 << 20}),
+        json!({"event": "disk-limited", "device": "root", "limits": limits}),
+        json!({"event": "disk-snapshot", "device": "root", "file": path}),
+        json!({"event": "disk-reset", "device": "root"}),
+    ];
+    assert_eq!(of_disks.map(without_time).collect::<Vec<_>>(), expected);
+    let people = machine.run(&["events", "web"]).stdout;
+    for line in ["disk limited       root      at most 50 requests a second (100 at once)", "disk reset         root"] {
+        assert!(people.lines().any(|one| one.ends_with(line)), "{people}");
+    }
+    machine.run(&["stop", "web"]);
+    assert_eq!(running.end().status, Some(0));
 }
 
 #[test]

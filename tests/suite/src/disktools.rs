@@ -83,13 +83,21 @@ impl Drop for Running {
     }
 }
 
-/// A block device of this host whose bytes somebody serves on an NBD socket: the socket as a file (nbdfuse), that file as a device (loop).
+/// A file of this host whose bytes somebody serves on an NBD socket (nbdfuse).
+#[derive(Debug)]
+pub struct NbdFile {
+    /// Its path.
+    pub path: PathBuf,
+    folder: PathBuf,
+    nbdfuse: Running,
+}
+
+/// A block device of this host whose bytes are those of such a file (loop).
 #[derive(Debug)]
 pub struct BlockDevice {
     /// Its path.
     pub path: String,
-    folder: PathBuf,
-    nbdfuse: Running,
+    _file: NbdFile,
 }
 
 /// Whether this test may make block devices. Where it may not, a line says that it is skipped.
@@ -102,25 +110,38 @@ pub fn can_make_block_devices(test: &str) -> bool {
     can
 }
 
+impl NbdFile {
+    /// Makes one. `folder` is a place for it that is not there yet.
+    pub fn new(socket: &Path, folder: PathBuf) -> NbdFile {
+        std::fs::create_dir(&folder).expect("a folder for the test can be made");
+        let mut nbdfuse = Running::start(tool("nbdfuse").arg(&folder).arg("--unix").arg(socket));
+        let path = folder.join("nbd");
+        crate::wait_for("nbdfuse", || {
+            assert!(nbdfuse.runs(), "nbdfuse ended");
+            path.exists().then_some(())
+        });
+        NbdFile { path, folder, nbdfuse }
+    }
+}
+
 impl BlockDevice {
     /// Makes one. `folder` is a place for it that is not there yet.
     pub fn new(socket: &Path, folder: PathBuf) -> BlockDevice {
-        std::fs::create_dir(&folder).expect("a folder for the test can be made");
-        let mut nbdfuse = Running::start(tool("nbdfuse").arg(&folder).arg("--unix").arg(socket));
-        let file = folder.join("nbd");
-        crate::wait_for("nbdfuse", || {
-            assert!(nbdfuse.runs(), "nbdfuse ended");
-            file.exists().then_some(())
-        });
-        let made = run(Command::new("losetup").args(["--direct-io=on", "--show", "-f"]).arg(&file));
+        let file = NbdFile::new(socket, folder);
+        let made = run(Command::new("losetup").args(["--direct-io=on", "--show", "-f"]).arg(&file.path));
         assert_eq!(made.code, Some(0), "{}", made.err);
-        BlockDevice { path: made.out.trim().to_owned(), folder, nbdfuse }
+        BlockDevice { path: made.out.trim().to_owned(), _file: file }
     }
 }
 
 impl Drop for BlockDevice {
     fn drop(&mut self) {
         let _detached = run(Command::new("losetup").args(["-d", &self.path]));
+    }
+}
+
+impl Drop for NbdFile {
+    fn drop(&mut self) {
         let _unmounted = run(Command::new("umount").arg("-l").arg(&self.folder));
         // Without its file system it ends by itself.
         for _ in 0..100 {

@@ -83,28 +83,23 @@ pub struct Server {
 impl Server {
     /// Starts a program of ours with `--socket-path` and waits until it is ready to serve.
     pub fn start(name: &str, scratch: &Scratch, args: &[&str]) -> Server {
-        Server::listening(name, scratch, args).confined()
+        Server::launch(Command::new(program(name)), name, scratch, args, Stdio::inherit())
     }
 
     /// As [`Server::start`]; what it logs goes to a file.
     pub fn start_with_log(name: &str, scratch: &Scratch, args: &[&str], log: std::fs::File) -> Server {
-        Server::launch(name, scratch, args, log.into()).confined()
+        Server::launch(Command::new(program(name)), name, scratch, args, log.into())
     }
 
-    /// Starts a program with `--socket-path` and waits until it listens there.
-    pub fn listening(name: &str, scratch: &Scratch, args: &[&str]) -> Server {
-        Server::launch(name, scratch, args, Stdio::inherit())
+    /// As [`Server::start`], in a mount namespace of its own, after a script: what that mounts nobody else sees, and nobody keeps. Needs root.
+    pub fn start_after(script: &str, name: &str, scratch: &Scratch, args: &[&str]) -> Server {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh"]).arg(program(name));
+        Server::launch(command, name, scratch, args, Stdio::inherit())
     }
 
-    /// The path is there before the process is confined: what a test looks at from outside is not settled until then.
-    fn confined(self) -> Server {
-        wait_for("its confinement", || (status(self.worker(), "Seccomp") == "2").then_some(()));
-        self
-    }
-
-    fn launch(name: &str, scratch: &Scratch, args: &[&str], log: Stdio) -> Server {
+    fn launch(mut command: Command, name: &str, scratch: &Scratch, args: &[&str], log: Stdio) -> Server {
         let socket = scratch.path(&format!("{name}.sock"));
-        let mut command = Command::new(program(name));
         command.arg("--socket-path").arg(&socket).args(args).stdin(Stdio::null()).stderr(log);
         let child = command.spawn().expect("the program starts");
         let mut server = Server { child, socket };

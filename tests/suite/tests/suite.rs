@@ -24,6 +24,7 @@ mod suite {
     mod pipelines;
     mod protocol;
     mod qemu;
+    mod slow;
     mod stepped;
     mod thrift;
 }

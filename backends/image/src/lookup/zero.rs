@@ -14,7 +14,7 @@ use crate::lookup::{Lookup, Place};
 use crate::qcow2::geometry::{Entry, Kind};
 use crate::qcow2::{Meta, Qcow2};
 use crate::range::Exclusive;
-use crate::storage::Storage;
+use crate::storage::{FileId, Storage};
 
 /// Clusters that are changed in one step, so that other queues are held up for a bounded time.
 const AT_ONCE: u64 = 512;
@@ -37,6 +37,21 @@ impl Lookup {
     /// The system's.
     pub fn flush(&mut self) -> Result<()> {
         self.image.flush()
+    }
+
+    /// The file in which a range of the disk lies as it is, where the top is a raw image: there the file system itself can zero it. The
+    /// caller shares the range until it has.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], or that there is no such range.
+    pub fn plain(&mut self, offset: u64, len: u64) -> Result<Option<FileId>> {
+        self.refresh();
+        self.check_range(offset, len)?;
+        match self.chain.nodes.first().map(|node| &**node) {
+            Some(Node::Raw { file, writable: true, .. }) => Ok(Some(file.id())),
+            Some(Node::Raw { .. }) | None => Err(Error::ReadOnly),
+            Some(Node::Qcow2(_)) => Ok(None),
+        }
     }
 
     /// Has a range alone, rounded out to clusters, until the guard is dropped: for whatever must see no I/O there. Do not call

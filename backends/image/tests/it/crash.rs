@@ -9,7 +9,7 @@ use std::fs;
 use std::sync::Arc;
 use std::thread;
 
-use image::{Create, Format, Image, Layer, Options, Storage, check, create};
+use image::{Barrier, Create, Format, Image, Layer, Options, Storage, check, create};
 
 use crate::differential::{Backing, Kind};
 use crate::support::{Event, Model, Ram, Scratch, Seeded, apply, assert_clean, open, qemu_check, qemu_reads, read_all, step};
@@ -46,8 +46,11 @@ fn run(scratch: &Scratch, kind: Kind, seed: u64, steps: usize) -> Run {
     let before = files.iter().map(|file| file.bytes()).collect();
     ram.record();
     let (mut models, mut flushed) = (vec![model.clone()], vec![0]);
+    let mut slow = SlowFlush::None;
     for number in 1..=steps {
-        if random.chance(6) {
+        if kind.data_file.is_none() && random.chance(4) && slow.goes_on(&image, &ram) {
+            flushed.push(number);
+        } else if random.chance(6) {
             lookup.flush().unwrap();
             flushed.push(number);
         } else {
@@ -61,6 +64,32 @@ fn run(scratch: &Scratch, kind: Kind, seed: u64, steps: usize) -> Run {
     ram.mark(steps + 1);
     models.push(model);
     Run { before, below, log: ram.take_log(), models, flushed }
+}
+
+/// A flush whose waiting is the caller's: whatever is done between its parts, it covers what was done before, and gives back no more.
+enum SlowFlush {
+    None,
+    Begun(Barrier),
+    Synced(Barrier),
+}
+
+impl SlowFlush {
+    /// Does its next part. `true`: the sync.
+    fn goes_on(&mut self, image: &Image, ram: &Ram) -> bool {
+        let (next, synced) = match std::mem::replace(self, SlowFlush::None) {
+            SlowFlush::None => (image.barrier().unwrap().map_or(SlowFlush::None, SlowFlush::Begun), false),
+            SlowFlush::Begun(barrier) => {
+                ram.sync().unwrap();
+                (SlowFlush::Synced(barrier), true)
+            }
+            SlowFlush::Synced(barrier) => {
+                image.settle(barrier).unwrap();
+                (SlowFlush::None, false)
+            }
+        };
+        *self = next;
+        synced
+    }
 }
 
 impl Run {
@@ -226,10 +255,12 @@ fn queues(kind: Kind, seed: u64) {
     let workers: Vec<_> = (0..4)
         .map(|number| {
             let (mut lookup, mut random) = (image.lookup(), Seeded::new(seed * 10 + number));
+            let (image, ram, mut slow) = (Arc::clone(&image), Arc::clone(&ram), SlowFlush::None);
             thread::spawn(move || {
                 for _ in 0..60 {
                     let at = random.below(clusters) * kind.cluster;
-                    match random.below(8) {
+                    match random.below(9) {
+                        8 => drop(slow.goes_on(&image, &ram)),
                         0 => lookup.discard(at, kind.cluster).unwrap(),
                         1 => lookup.zero(at, kind.cluster, true).unwrap(),
                         2 => lookup.flush().unwrap(),

@@ -453,3 +453,50 @@ fn first_writes_need_no_barrier() {
     let syncs = ram.take_log().iter().filter(|(_, event)| matches!(event, Event::Sync)).count();
     assert_eq!(syncs, 0);
 }
+
+/// A flush was on its way when an overlay came. What was freed before it began is the old top's affair.
+#[test]
+fn a_flush_that_an_overlay_overtakes_gives_nothing_of_the_overlay_back() {
+    let below = plain(8);
+    let image = open(&[qcow2(&below)]);
+    let mut lookup = image.lookup();
+    // The tickets of the old top are far ahead of those of the new one.
+    for _ in 0..8 {
+        lookup.write(&[1; 4096], 0).unwrap();
+        lookup.zero(0, CLUSTER, true).unwrap();
+    }
+    let barrier = image.barrier().unwrap().unwrap();
+    below.sync().unwrap();
+    let backing = Some(("below".to_owned(), "qcow2".to_owned()));
+    let top = fresh(&Create { size: image.size(), backing, ..Create::default() });
+    image.overlay(&qcow2(&top)).unwrap();
+    lookup.write(&[2; 4096], 0).unwrap();
+    lookup.zero(0, CLUSTER, true).unwrap();
+    let before = top.bytes();
+    image.settle(barrier).unwrap();
+    assert!(top.bytes() == before, "space of the overlay was given back without a barrier");
+    lookup.flush().unwrap();
+    assert!(top.bytes() != before, "after one it is");
+    drop(lookup);
+    image.close().unwrap();
+}
+
+/// The system tells of a lost write once. Whoever was told, all syncs fail from then on.
+#[test]
+fn a_sync_that_failed_elsewhere_is_not_forgotten() {
+    let scratch = Scratch::new();
+    for format in [Format::Raw, Format::Qcow2] {
+        let path = scratch.path("image");
+        let file = fs::File::options().create(true).truncate(true).read(true).write(true).open(path).unwrap();
+        let file = Arc::new(image::FileStorage::new(file.into()).unwrap());
+        match format {
+            Format::Raw => file.set_len(1 << 20).unwrap(),
+            Format::Qcow2 => create(&*file, &Create { size: 1 << 20, ..Create::default() }).unwrap(),
+        }
+        let image = open(&[Layer { format, file, data: None }]);
+        image.flush().unwrap();
+        assert!(image.nothing_lost().is_ok() && image.barrier().unwrap().is_some() == (format == Format::Qcow2));
+        image.lost();
+        assert!(image.nothing_lost().is_err() && image.flush().is_err());
+    }
+}

@@ -14,7 +14,8 @@ use super::{Answer, Drive};
 use crate::args::ImageFormat;
 use crate::control::Ticket;
 use crate::control::disk::Request;
-use crate::machine::disk::{Image, Limits, Rate};
+use crate::events::{Event, What};
+use crate::machine::disk::{Image, Limits};
 use crate::{notices, overlay};
 
 /// How long a client waits. Snapshots take milliseconds; a process that was killed is back in as many; a slow disk may have to write
@@ -76,27 +77,9 @@ struct State {
     bytes: u64,
     read_only: bool,
     direct: bool,
-    limits: Bounds,
+    limits: Limits,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pause_microseconds: Option<u64>,
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-struct Bounds {
-    operations: Bound,
-    bytes: Bound,
-}
-
-#[derive(Debug, Deserialize, Serialize)]
-struct Bound {
-    per_second: u64,
-    burst: u64,
-}
-
-impl From<Rate> for Bound {
-    fn from(rate: Rate) -> Self {
-        Self { per_second: rate.per_second, burst: rate.burst }
-    }
 }
 
 /// What a process has answered.
@@ -162,8 +145,7 @@ impl Drive<'_> {
             Request::Resize(bytes) => (json!({"command": "resize", "bytes": bytes}), Stage::Told),
             Request::Limit { operations, bytes } => {
                 let (operations, bytes) = (operations.unwrap_or(self.limits.operations), bytes.unwrap_or(self.limits.bytes));
-                let limits = Bounds { operations: operations.into(), bytes: bytes.into() };
-                (json!({"command": "limit", "operations": limits.operations, "bytes": limits.bytes}), Stage::Told)
+                (json!({"command": "limit", "operations": operations, "bytes": bytes}), Stage::Told)
             }
             Request::Snapshot(_) | Request::Reset => (json!({"command": "status"}), Stage::Asked),
         };
@@ -190,13 +172,10 @@ impl Drive<'_> {
                 overlay.discard();
                 Err(says)
             }
-            (_, state) => {
-                if let (Request::Limit { operations, bytes }, Ok(_)) = (&request, &state) {
-                    let Limits { operations: ops, bytes: most } = self.limits;
-                    self.limits = Limits { operations: operations.unwrap_or(ops), bytes: bytes.unwrap_or(most) };
-                }
-                state.map(|state| self.describe(&state))
-            }
+            (_, state) => state.map(|state| {
+                self.note(&request, &state);
+                self.describe(&state)
+            }),
         };
         self.done.extend(ticket.map(|ticket| (ticket, answer)));
     }
@@ -233,6 +212,21 @@ impl Drive<'_> {
         }
     }
 
+    /// The process has done what it was asked for.
+    fn note(&mut self, request: &Request, state: &State) {
+        match request {
+            Request::Limit { operations, bytes } => {
+                let Limits { operations: ops, bytes: most } = self.limits;
+                self.limits = Limits { operations: operations.unwrap_or(ops), bytes: bytes.unwrap_or(most) };
+                self.happened.push(Event { limits: Some(state.limits), ..Event::of(What::DiskLimited, self.name) });
+            }
+            Request::Resize(_) => {
+                self.happened.push(Event { bytes: Some(state.bytes), ..Event::of(What::DiskResized, self.name) });
+            }
+            Request::Status | Request::Snapshot(_) | Request::Reset => {}
+        }
+    }
+
     fn past(&self, path: &Path) -> Result<Option<OwnedFd>> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::DIRECT;
         let about = || format!("Cannot open the overlay {} past the page cache", path.display());
@@ -241,17 +235,23 @@ impl Drive<'_> {
 
     /// From here on the disk has this overlay.
     fn place(&mut self, overlay: Overlay) -> Result<()> {
-        match overlay {
+        let event = match &overlay {
             Overlay::On(path) => {
                 notices::line(&format!("{}: the disk goes on in {}", self.name, path.display()));
+                Event { file: Some(path.display().to_string()), ..Event::of(What::DiskSnapshot, self.name) }
+            }
+            Overlay::Scratch(_) | Overlay::Instead { .. } => {
+                notices::line(&format!("{}: the disk was reset", self.name));
+                Event::of(What::DiskReset, self.name)
+            }
+        };
+        self.happened.push(event);
+        match overlay {
+            Overlay::On(path) => {
                 self.images.insert(0, Image { path, format: ImageFormat::Qcow2 });
             }
-            Overlay::Scratch(file) => {
-                notices::line(&format!("{}: the disk was reset", self.name));
-                self.scratch = Some(file);
-            }
+            Overlay::Scratch(file) => self.scratch = Some(file),
             Overlay::Instead { place, home } => {
-                notices::line(&format!("{}: the disk was reset", self.name));
                 let Some(top) = self.images.first_mut() else { return Ok(()) };
                 if let Err(error) = fs::rename(&place, &home) {
                     let (now, name) = (place.display().to_string(), home.display());

@@ -47,7 +47,7 @@ fn qemu_storage_daemon_serves_a_disk() {
 #[test]
 fn a_backend_of_another_make_gives_randomness() {
     let scratch = Scratch::new();
-    let server = Server::listening("outboard-peer-rng", &scratch, &[]);
+    let server = Server::start("outboard-peer-rng", &scratch, &[]);
     let section = format!("[device.peer]\nclass = \"rng\"\nsocket = \"{}\"\n", server.socket.display());
     let command = "set -e; test $(cat /sys/bus/virtio/devices/*/device | grep -c 0x0004) = 2\n\
                    for r in virtio_rng.0 virtio_rng.1; do echo $r >/sys/class/misc/hw_random/rng_current; \

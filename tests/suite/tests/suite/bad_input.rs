@@ -1,8 +1,9 @@
 //! Wrong usage and wrong files: one clear sentence each, and the right exit status.
 
 use std::fs;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use suite::{Ended, Scratch, Server, program, run};
@@ -57,8 +58,6 @@ fn sockets_that_cannot_be_used() {
     let path = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
     fails("outboard-rng", &["--fd", "77"], &["Descriptor 77 of --fd is not open"]);
     fails("outboard-rng", &["--socket-path", "/nonexistent/s"], &["Cannot listen on /nonexistent/s: No such file or directory"]);
-    fs::write(scratch.path("file"), "x").unwrap();
-    fails("outboard-rng", &["--socket-path", &path("file")], &["there is a file that is no socket"]);
     let _busy = UnixListener::bind(scratch.path("busy")).unwrap();
     fails("outboard-rng", &["--socket-path", &path("busy")], &["another process listens there"]);
     fails("outboard-console", &["--socket-path", &path("c"), "--file", "/nonexistent/log"], &["Cannot open /nonexistent/log"]);
@@ -143,6 +142,61 @@ fn a_lower_floor_is_accepted_by_name() {
     let scratch = Scratch::new();
     let server = Server::start("outboard-rng", &scratch, &["--sandbox-floor", "linux-5.15"]);
     assert_eq!(server.terminate(), Some(0));
+}
+
+/// A refused program once removed what it had found there: a user's file, or the socket of whoever served.
+#[test]
+fn what_is_in_the_way_of_a_socket_stays() {
+    let scratch = Scratch::new();
+    let (file, socket) = (scratch.path("file"), scratch.path("outboard-rng.sock"));
+    fs::write(&file, "precious").unwrap();
+    fails("outboard-rng", &["--socket-path", file.to_str().unwrap()], &["there is a file that is no socket"]);
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    let server = Server::start("outboard-rng", &scratch, &[]);
+    fails("outboard-rng", &["--socket-path", socket.to_str().unwrap()], &["another process listens there"]);
+    UnixStream::connect(&server.socket).unwrap();
+    assert_eq!(server.terminate(), Some(0));
+    let left: Vec<_> = fs::read_dir(scratch.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["file"], "its own is gone");
+}
+
+/// Whoever finds the path finds a disk behind it: nobody can come while an image is read that is then refused.
+#[test]
+fn a_disk_that_is_refused_never_has_a_socket() {
+    let scratch = Scratch::new();
+    let (image, socket) = (scratch.image("image", 511), scratch.path("s"));
+    let over = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut seen = false;
+            while !over.load(Ordering::Relaxed) {
+                seen |= socket.exists();
+            }
+            seen
+        });
+        let words = ["--socket-path", socket.to_str().unwrap(), "--format", "raw", "--blk-file", image.to_str().unwrap()];
+        let ended = (0..10).map(|_| refuse("outboard-blk", &words)).find(|ended| !ended.err.contains("less than one sector"));
+        over.store(true, Ordering::Relaxed);
+        assert!(ended.is_none(), "{ended:?}");
+        watcher.join().unwrap()
+    });
+    assert!(!seen, "somebody could have come");
+    assert_eq!(fs::read_dir(scratch.path("")).unwrap().count(), 1, "nothing is left");
+}
+
+/// So all disks of a run of tests, or of a host, can have another engine; what is said of one disk counts more.
+#[test]
+fn an_engine_can_be_chosen_for_all_disks() {
+    let with = |variable: &str, more: &[&str]| {
+        let mut command = Command::new(program("outboard-blk"));
+        command.args(["--socket-path", "/nowhere/s", "--format", "null", "--size", "4096"]).args(more);
+        run(command.env("OUTBOARD_BLK_ENGINE", variable))
+    };
+    assert_eq!(with("none", &[]).code, Some(2), "the variable is read");
+    for (variable, more) in [("threads", &[][..]), ("none", &["--engine", "threads"])] {
+        let ended = with(variable, more);
+        assert!(ended.code == Some(1) && ended.err.contains("Cannot listen on /nowhere/s"), "{}", ended.err);
+    }
 }
 
 #[test]

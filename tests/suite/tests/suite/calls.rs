@@ -197,7 +197,9 @@ fn a_disk([format, engine]: [&str; 2], direct: Option<&str>, owned: bool, made: 
         let mut disk = Disk::open(UnixStream::connect(socket).unwrap(), Shape::default(), 1, 4096, 1).unwrap();
         let mut range = [0; 16];
         range[8] = 8;
-        assert_eq!(disk.request(Kind::Discard, 0, &mut range).unwrap(), Status::Ok);
+        for kind in [Kind::Discard, Kind::WriteZeroes] {
+            assert_eq!(disk.request(kind, 0, &mut range).unwrap(), Status::Ok);
+        }
         assert_eq!(disk.request(Kind::Flush, 0, &mut []).unwrap(), Status::Ok);
         if owned {
             owner(&scratch, &control);

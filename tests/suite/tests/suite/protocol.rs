@@ -262,7 +262,7 @@ fn a_table_may_have_as_many_regions_as_it_says() {
 #[test]
 fn other_people_s_backend_is_driven() {
     let scratch = Scratch::new();
-    let server = Server::listening("outboard-peer-rng", &scratch, &[]);
+    let server = Server::start("outboard-peer-rng", &scratch, &[]);
     for shape in super::device::shapes(1) {
         // It makes its socket anew for each frontend; who connects to the old one in between is hung up on.
         let connect = || Device::connect(UnixStream::connect(&server.socket).ok()?, shape, 0).ok();
