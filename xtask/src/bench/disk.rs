@@ -58,7 +58,8 @@ impl Case {
         matches!(self, Qcow2Read | Qcow2Rewrite | Qcow2Allocate)
     }
 
-    /// The project's targets for one queue, 4 KiB, 32 at a time: for the rate, and for what a request costs.
+    /// The project's targets for one queue, 4 KiB, 32 at a time, and a client that sleeps, as guests do: for the rate, and for what a
+    /// request costs.
     fn targets(self) -> (Option<f64>, Option<f64>) {
         match self {
             Null => (Some(1.1), Some(0.7)),
@@ -147,7 +148,7 @@ fn compare(bench: &Bench, case: Case, shape: Shape) -> Result<Vec<Row>> {
     let [[our_half, our_most], [their_half, their_most]] = times;
     let mut rate = Row::new(name.clone(), "1000/s", peer.clone()).of(our_rate, their_rate);
     let mut cost = Row::new(format!("{name}, CPU"), "us/request", peer.clone()).of(our_cost, their_cost);
-    if (shape.block, shape.depth, shape.queues) == (4, 32, 1) {
+    if (shape.block, shape.depth, shape.queues, shape.polls) == (4, 32, 1, false) {
         let (least, most) = case.targets();
         rate = least.into_iter().fold(rate, |row, least| row.target(Target::AtLeast(least)));
         cost = most.into_iter().fold(cost, |row, most| row.target(Target::Ratio(most)));
