@@ -13,6 +13,7 @@ use crate::args::{Config, EngineKind};
 use crate::commands::{Commands, Entrance};
 use crate::engine::Engine;
 use crate::engine::pool::{self, Jobs, Pool};
+use crate::engine::split::{self, Split};
 use crate::engine::uring::Uring;
 use crate::image::{Afterwards, Disk};
 use crate::limit::Limits;
@@ -199,30 +200,35 @@ impl Engines {
 
     /// An engine for each queue, still to be made by its thread. Threads that wait for the disk start now.
     fn start(self, queues: u16, confined: &Confined) -> Result<Vec<Prepare>> {
+        let jobs = Arc::new(Jobs::default());
+        let threads = if matches!(self, Engines::Pool) { pool::THREADS } else { split::THREADS };
+        for index in 0..threads {
+            let jobs = Arc::clone(&jobs);
+            confined.spawn(POOL, format!("disk{index}"), move || pool::work(&jobs))?;
+        }
+        let way = || -> Way {
+            let jobs = Arc::clone(&jobs);
+            Box::new(move || Pool::new(jobs))
+        };
         let rings = match self {
             Engines::Uring(rings) => rings,
             Engines::Pool => {
-                let jobs = Arc::new(Jobs::default());
-                for index in 0..pool::THREADS {
-                    let jobs = Arc::clone(&jobs);
-                    confined.spawn(POOL, format!("disk{index}"), move || pool::work(&jobs))?;
-                }
-                let one = |_| -> Prepare {
-                    let jobs = Arc::clone(&jobs);
-                    Box::new(move || Ok(Box::new(Pool::new(jobs)?)))
-                };
-                return Ok((0..queues).map(one).collect());
+                let one = |way: Way| -> Prepare { Box::new(move || Ok(Box::new(way()?))) };
+                return Ok((0..queues).map(|_| one(way())).collect());
             }
         };
-        let one = |mut ring: Uring| -> Prepare {
+        let one = |mut ring: Uring, way: Way| -> Prepare {
             Box::new(move || {
                 ring.enable()?;
-                Ok(Box::new(ring))
+                Ok(Box::new(Split::new(ring, way()?)))
             })
         };
-        Ok(rings.into_iter().map(one).collect())
+        Ok(rings.into_iter().map(|ring| one(ring, way())).collect())
     }
 }
+
+/// Makes a way to the threads, on the thread that will use it.
+type Way = Box<dyn FnOnce() -> io::Result<Pool> + Send>;
 
 /// Makes an engine on the thread that will use it.
 type Prepare = Box<dyn FnOnce() -> io::Result<Box<dyn Engine>> + Send>;

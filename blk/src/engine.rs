@@ -4,12 +4,12 @@
 //!
 //! A queue's thread *begins* operations, each under an id of its own choice, hands all it has begun on in one go
 //! ([`Engine::submit`]), and later takes the outcomes ([`Engine::next`]) in whatever order they come. It waits for
-//! [`Engine::source`] together with its ring.
+//! [`Engine::sources`] together with its ring.
 //!
 //! There are two engines, and what a guest sees is the same with either:
 //!
-//! - [`uring`]: one io_uring per queue, made before the process is confined, and restricted to the operations below, so that a thread
-//!   that was taken over gets nothing through it that its filter forbids;
+//! - [`split`]: one io_uring per queue ([`uring`]), made before the process is confined, and restricted to reads and writes, so that a
+//!   thread that was taken over gets nothing through it that its filter forbids; and a few threads for what a ring is slow to let go of;
 //! - [`pool`]: a few threads, where the host forbids io_uring (as distributions and container engines do).
 //!
 //! Not everything goes through an engine. What is in the page cache is read by the queue's thread itself, and so is written what only
@@ -30,8 +30,10 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 use virtio::Buffer;
+use virtio::worker::SOURCES;
 
 pub mod pool;
+pub mod split;
 #[expect(unsafe_code, reason = "the kernel is given addresses of guest memory that outlive the call")]
 pub mod uring;
 
@@ -139,6 +141,6 @@ pub trait Engine: Send + Debug {
     /// How many operations are begun, with no outcome taken.
     fn in_flight(&self) -> usize;
 
-    /// Becomes readable when there is an outcome.
-    fn source(&self) -> BorrowedFd<'_>;
+    /// What becomes readable when there is an outcome, as far as anything is in flight.
+    fn sources(&self) -> [Option<BorrowedFd<'_>>; SOURCES];
 }

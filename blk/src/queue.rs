@@ -408,8 +408,7 @@ impl Serve for DiskQueue {
     }
 
     fn sources(&self, _slots: &Slots) -> [Option<Source<'_>>; SOURCES] {
-        let waiting = self.engine.in_flight() > 0;
-        [waiting.then(|| (self.engine.source(), PollFlags::IN)), None]
+        self.engine.sources().map(|source| source.map(|fd| (fd, PollFlags::IN)))
     }
 
     fn ready(&mut self, _which: usize, _events: PollFlags, slots: &mut Slots) {

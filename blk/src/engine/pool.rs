@@ -12,6 +12,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{fallocate, fdatasync};
 use rustix::io::{ReadWriteFlags, pwritev2};
 use virtio::OwnedBuffer;
+use virtio::worker::SOURCES;
 
 use crate::engine::{Clear, Done, Engine, File, Work, zeroes};
 
@@ -160,7 +161,7 @@ impl Engine for Pool {
         self.in_flight
     }
 
-    fn source(&self) -> BorrowedFd<'_> {
-        self.outcomes.bell.as_fd()
+    fn sources(&self) -> [Option<BorrowedFd<'_>>; SOURCES] {
+        [(self.in_flight > 0).then(|| self.outcomes.bell.as_fd()), None]
     }
 }

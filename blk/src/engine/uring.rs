@@ -12,12 +12,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::register::Restriction;
 use io_uring::squeue::{Entry, Flags};
-use io_uring::types::{Fd, FsyncFlags};
+use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 use rustix::io::Errno;
 use virtio::Buffer;
+use virtio::worker::SOURCES;
 
-use crate::engine::{Clear, Done, Engine, File, Work, zeroes};
+use crate::engine::{Done, Engine, File, Work};
 
 /// Entries of the submission ring. What does not fit goes to the kernel before the rest.
 const ENTRIES: u32 = 256;
@@ -50,7 +51,7 @@ impl fmt::Debug for Uring {
 }
 
 impl Uring {
-    /// A ring that can do nothing but what [`Work`] names, and not even that before [`Uring::enable`].
+    /// A ring that can do nothing but read and write, and not even that before [`Uring::enable`].
     ///
     /// # Errors
     /// When the host has none: forbidden, or too old.
@@ -63,9 +64,8 @@ impl Uring {
             .build(ENTRIES)?;
         let submitter = ring.submitter();
         submitter.register_iowq_max_workers(&mut [WORKERS, WORKERS])?;
-        let moves = [opcode::Read::CODE, opcode::Readv::CODE, opcode::Write::CODE, opcode::Writev::CODE];
-        let codes = moves.into_iter().chain([opcode::Fallocate::CODE, opcode::Fsync::CODE]);
-        let mut rules: Vec<Restriction> = codes.map(Restriction::sqe_op).collect();
+        let codes = [opcode::Read::CODE, opcode::Readv::CODE, opcode::Write::CODE, opcode::Writev::CODE];
+        let mut rules: Vec<Restriction> = codes.into_iter().map(Restriction::sqe_op).collect();
         rules.push(Restriction::sqe_flags_allowed(Flags::empty().bits()));
         submitter.register_restrictions(&mut rules)?;
         Ok(Uring { ring, vectors: Vec::with_capacity(VECTORS), done: VecDeque::new(), in_flight: 0 })
@@ -91,14 +91,8 @@ impl Uring {
                 Place::One(at, len) => opcode::Write::new(fd, at, len).offset(offset).build(),
                 Place::Many(list, count) => opcode::Writev::new(fd, list, count).offset(offset).build(),
             },
-            Work::Clear { offset, len, how: Clear::Write } => {
-                let zeroes = zeroes(len);
-                opcode::Write::new(fd, zeroes.as_ptr(), u32::try_from(zeroes.len()).unwrap_or(len)).offset(offset).build()
-            }
-            Work::Clear { offset, len, how } => {
-                opcode::Fallocate::new(fd, len.into()).offset(offset).mode(how.mode().bits().cast_signed()).build()
-            }
-            Work::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            // The threads beside the ring do that.
+            Work::Clear { .. } | Work::Sync => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 
@@ -155,8 +149,8 @@ impl Engine for Uring {
             self.submit();
         }
         // SAFETY: the entry points at guest memory, which stays mapped until the outcome was taken (`Engine`), and which any thread, the
-        // guest and the kernel may read and write at any time; or at zeroes that are there for ever, to be read; or at `vectors`,
-        // which are neither moved nor changed before `submit` has handed the entry on.
+        // guest and the kernel may read and write at any time; or at `vectors`, which are neither moved nor changed before `submit` has
+        // handed the entry on.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| Errno::BUSY)?;
         self.in_flight += 1;
         Ok(())
@@ -198,8 +192,9 @@ impl Engine for Uring {
         self.in_flight
     }
 
-    fn source(&self) -> BorrowedFd<'_> {
+    fn sources(&self) -> [Option<BorrowedFd<'_>>; SOURCES] {
         // SAFETY: the ring keeps its descriptor open for as long as it lives, and so for as long as it is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+        let ring = unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        [(self.in_flight > 0).then_some(ring), None]
     }
 }
