@@ -6,13 +6,17 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::Duration;
 
 use probe::random::Random;
 use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, removexattr, setxattr};
 use rustix::process::{Pid, Signal, kill_process};
 use suite::virtiofsd::Virtiofsd;
 use suite::{Ended, Scratch, program, run, wait_for};
+
+mod made_here;
 
 /// Whether this test may mount. Where it may not, a line says that it is skipped.
 fn can_mount(test: &str) -> bool {
@@ -27,7 +31,7 @@ fn can_mount(test: &str) -> bool {
 /// A folder of this host, and the same seen through the server and the probe.
 struct Mounted {
     probe: Child,
-    server: Virtiofsd,
+    server: Option<Virtiofsd>,
     /// Where the files are.
     house: PathBuf,
     /// Where they are seen.
@@ -47,11 +51,16 @@ fn serve(scratch: &Scratch, words: &[&str]) -> (Virtiofsd, PathBuf) {
 impl Mounted {
     fn new(server_words: &[&str], words: &[&str]) -> Mounted {
         let scratch = Scratch::new();
-        let (server, house) = serve(&scratch, server_words);
-        let (seen, said) = (scratch.path("seen here"), scratch.path("said"));
+        let (server, _) = serve(&scratch, server_words);
+        let socket = server.socket.clone();
+        Mounted::of(scratch, &socket, Some(server), words)
+    }
+
+    fn of(scratch: Scratch, socket: &Path, server: Option<Virtiofsd>, words: &[&str]) -> Mounted {
+        let (house, seen, said) = (scratch.path("house"), scratch.path("seen here"), scratch.path("said"));
         fs::create_dir(&seen).unwrap();
         let mut command = Command::new(program("outboard-probe"));
-        command.args(["fs", "mount"]).arg(&server.socket).arg(&seen).args(words);
+        command.args(["fs", "mount"]).arg(socket).arg(&seen).args(words);
         let mut probe = command.stdin(Stdio::null()).stderr(File::create(&said).unwrap()).spawn().unwrap();
         wait_for("the mount", || {
             let text = fs::read_to_string(&said).unwrap();
@@ -73,7 +82,7 @@ impl Mounted {
         assert_eq!(ended.code, Some(0), "{}", ended.err);
         let (code, said) = self.ended();
         assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
-        wait_for("the end of virtiofsd", || self.server.ended());
+        wait_for("the end of the server", || self.server.as_mut().map_or(Some(()), |server| server.ended().map(drop)));
     }
 
     fn signal(&self, signal: Signal) {
@@ -126,7 +135,7 @@ fn use_it(house: &Path, seen: &Path, seed: u64) {
     file.read_exact_at(&mut part, 2000).unwrap();
     assert_eq!(&part, b"in the middle");
     let there = fs::read(house.join("linked")).unwrap();
-    assert_eq!((there.len(), &there[2000..2013], &there[..2000] == &bytes[..2000]), (5000, &b"in the middle"[..], true));
+    assert_eq!((there.len(), &there[2000..2013], there[..2000] == bytes[..2000]), (5000, &b"in the middle"[..], true));
     fs::set_permissions(seen.join("two"), PermissionsExt::from_mode(0o640)).unwrap();
     assert_eq!(fs::metadata(house.join("two")).unwrap().mode() & 0o7777, 0o640);
     assert!(fs::remove_dir(seen.join("folder")).is_err(), "it is not empty");
@@ -159,12 +168,17 @@ fn info_says_what_the_server_is() {
     }
     assert!(info["features"].as_array().unwrap().contains(&"VERSION_1".into()), "{info}");
     wait_for("the end of virtiofsd", || server.ended());
-    let (_server, _) = serve(&scratch, &[]);
+    let (mut server, _) = serve(&scratch, &[]);
     let ended = probe(&["info", socket]);
     assert_eq!(ended.code, Some(0), "{}", ended.err);
     let lines: Vec<&str> = ended.out.lines().collect();
     assert_eq!(lines[..2], ["tag             house", "request queues  1"], "{}", ended.out);
     assert!(lines.iter().any(|line| line.starts_with("FUSE flags      ASYNC_READ ")), "{}", ended.out);
+    wait_for("the end of virtiofsd", || server.ended());
+    let _of_the_earlier_one = fs::remove_file(socket);
+    let _without_a_tag = Virtiofsd::start(PathBuf::from(socket), &scratch.path("house"), &[]);
+    let ended = probe(&["info", socket]);
+    assert!(ended.out.starts_with("tag             none\nrequest queues  1\n"), "{}{}", ended.out, ended.err);
 }
 
 #[test]
@@ -297,7 +311,7 @@ fn extended_attributes() {
         assert!(buffer[..len] == value);
     }
     assert_eq!(getxattr_query(&here, "user.outboard").unwrap(), 1500, "asked for its size alone");
-    let mut list = vec![0; 200];
+    let mut list = [0u8; 200];
     let len = listxattr(&here, &mut list[..]).unwrap();
     let names: BTreeSet<&[u8]> = list[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()).collect();
     assert!(names.contains(&b"user.outboard"[..]) && names.contains(&b"user.probe"[..]));
@@ -382,7 +396,7 @@ fn a_server_that_dies() {
         }
     });
     wait_for("some work", || mounted.house.join("new-9").exists().then_some(()));
-    mounted.server.kill();
+    mounted.server.as_mut().unwrap().kill();
     let (code, said) = mounted.ended();
     assert_eq!((code, said.lines().nth(1)), (Some(1), Some("outboard-probe: The server has gone away")), "{said}");
     reader.join().unwrap();
@@ -402,17 +416,40 @@ fn signals_end_it_whatever_the_server_does() {
         mounted.signal(signal);
         assert_eq!(mounted.ended().0, Some(0), "{signal:?}");
         assert_eq!(fs::read_to_string(mounted.house.join("file")).unwrap(), "written");
-        wait_for("the end of virtiofsd", || mounted.server.ended());
+        wait_for("the end of virtiofsd", || mounted.server.as_mut().unwrap().ended());
     }
     let mut mounted = Mounted::new(&[], &[]);
     let mut open = File::create(mounted.seen.join("open")).unwrap();
-    kill_process(mounted.server.pid(), Signal::STOP).unwrap();
+    kill_process(mounted.server.as_ref().unwrap().pid(), Signal::STOP).unwrap();
     let waiting = thread::spawn(move || open.write_all(b"never there").and_then(|()| open.sync_all()).is_err());
     mounted.signal(Signal::TERM);
     let (code, said) = mounted.ended();
     assert_eq!((code, said.lines().count()), (Some(0), 2), "{said}");
     assert!(said.ends_with("outboard-probe: Files are still open after 5 s; they get errors now\n"), "{said}");
     assert!(waiting.join().unwrap());
+}
+
+/// The kernel says INTERRUPT when the process dies that waits for an answer; the answer that comes later is nobody's.
+#[test]
+fn who_waits_can_be_killed() {
+    if !can_mount("fs, a killed reader") {
+        return;
+    }
+    let mut mounted = Mounted::new(&[], &[]);
+    let bytes = random(16 << 20, 11);
+    fs::write(mounted.house.join("big"), &bytes).unwrap();
+    let server = mounted.server.as_ref().unwrap().pid();
+    for _ in 0..3 {
+        kill_process(server, Signal::STOP).unwrap();
+        let mut reader = Command::new("cat").arg(mounted.seen.join("big")).stdout(Stdio::null()).spawn().unwrap();
+        thread::sleep(Duration::from_millis(100));
+        reader.kill().unwrap();
+        thread::sleep(Duration::from_millis(50));
+        kill_process(server, Signal::CONT).unwrap();
+        assert!(!reader.wait().unwrap().success());
+    }
+    assert!(fs::read(mounted.seen.join("big")).unwrap() == bytes);
+    mounted.unmount();
 }
 
 /// Files that are open when a signal comes are served on for a while.
@@ -430,4 +467,79 @@ fn open_files_outlive_the_mount_for_a_while() {
     let (code, said) = mounted.ended();
     assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
     assert_eq!(fs::read_to_string(mounted.house.join("open")).unwrap(), "still there");
+}
+
+fn truth(_answer: &mut Vec<u8>, _used: &mut u32) {}
+
+#[test]
+fn requests_take_turns_in_several_queues() {
+    if !can_mount("fs --queues") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let socket = scratch.path("made.sock");
+    let (seen, server) = made_here::start(&socket, 3, truth);
+    let mut mounted = Mounted::of(scratch, &socket, None, &["--queues", "3"]);
+    let said = fs::read_to_string(&mounted.said).unwrap();
+    assert!(said.starts_with("\"made here\" is mounted at ") && said.ends_with(": FUSE 7.38, 3 request queues\n"), "{said}");
+    thread::scope(|scope| {
+        for reader in 0..6 {
+            let file = mounted.seen.join("file");
+            scope.spawn(move || {
+                let file = File::open(file).unwrap();
+                // Longer than a request may be, and of an odd length.
+                for (step, len) in [4096, 100_001, 3 << 20].into_iter().enumerate() {
+                    let (offset, mut bytes) = ((reader * 8192 + step * 64) as u64, vec![0; len]);
+                    file.read_exact_at(&mut bytes, offset).unwrap();
+                    assert!(bytes == made_here::content(offset, len), "{len} at {offset}");
+                }
+            });
+        }
+    });
+    for _ in 0..3 {
+        assert!(fs::metadata(mounted.seen.join("changing")).unwrap().is_file());
+    }
+    wait_for("a FORGET", || (seen.forgotten.load(Ordering::SeqCst) > 0).then_some(()));
+    mounted.unmount();
+    server.join().unwrap();
+    let requests: Vec<u32> = seen.requests.iter().map(|count| count.load(Ordering::SeqCst)).collect();
+    assert!(requests.iter().all(|count| *count > 0), "{requests:?}");
+    assert_eq!(seen.destroyed.load(Ordering::SeqCst), 1);
+}
+
+/// What a server says against the rules ends the mount with a sentence, and whoever asked gets an error.
+#[test]
+fn a_server_that_lies() {
+    if !can_mount("fs, a server that lies") {
+        return;
+    }
+    let lies: [(made_here::Lie, &str); 6] = [
+        (|_, used| *used = 1 << 30, "wrote 1073741824 bytes in answer to READ, and "),
+        (|_, used| *used = 0, "answered READ with 0 bytes: that is less than a header"),
+        (|_, used| *used = 20, "wrote 20 bytes in answer to READ, and in them that there are "),
+        (|answer, _| answer[8] ^= 1, " with an answer to number "),
+        (|answer, _| answer[4] = 5, "answered READ with an error that is none (0x5)"),
+        (|answer, _| answer[4..8].fill(0xff), "answered READ with error 1 and with "),
+    ];
+    for (lie, sentence) in lies {
+        let scratch = Scratch::new();
+        let socket = scratch.path("made.sock");
+        let (_seen, server) = made_here::start(&socket, 3, lie);
+        let mut mounted = Mounted::of(scratch, &socket, None, &[]);
+        let read = File::open(mounted.seen.join("file")).and_then(|file| file.read_at(&mut [0; 100], 0));
+        assert!(read.is_err(), "{sentence}");
+        let (code, said) = mounted.ended();
+        assert!(code == Some(1) && said.lines().nth(1).unwrap().contains(sentence), "{sentence}: {said}");
+        server.join().unwrap();
+    }
+}
+
+#[test]
+fn a_server_that_says_it_has_fewer_queues_than_it_has() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("made.sock");
+    let (_seen, server) = made_here::start(&socket, 1, truth);
+    let ended = probe(&["mount", socket.to_str().unwrap(), "/", "--queues", "2"]);
+    assert_eq!(ended.err, "outboard-probe: The server has 1 request queue, and 2 are asked for\n");
+    server.join().unwrap();
 }
