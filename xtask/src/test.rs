@@ -118,10 +118,10 @@ fn announce(kvm: &Kvm) -> Result<()> {
 
 /// The tests that need no guest. nextest is used where it is installed: it runs each test in its own process.
 ///
-/// Some of them have QEMU boot the guest from our devices; they are told where both are.
+/// Some of them have QEMU boot the guest from our devices, or use other people's programs; they are told where these are.
 fn workspace(programs: &Path, images: &Path) -> Result<()> {
     let qemu = nested::qemu()?;
-    let disktools = disktools::prepare()?;
+    let (disktools, virtiofsd) = (disktools::prepare()?, virtiofsd::prepare()?);
     let floor = host::floor();
     let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
@@ -153,6 +153,7 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
             .env("OUTBOARD_QEMU", &qemu)
             .env("OUTBOARD_GUEST", images)
             .env("OUTBOARD_DISKTOOLS", &disktools)
+            .env("OUTBOARD_VIRTIOFSD", &virtiofsd)
             .envs(floor.clone());
         say::openly(&mut command)?;
     }

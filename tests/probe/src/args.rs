@@ -48,6 +48,9 @@ pub enum Verb {
     /// Use a virtio-blk backend as a disk
     #[command(subcommand)]
     Blk(Blk),
+    /// Use a virtio-fs server
+    #[command(subcommand)]
+    Fs(Fs),
     /// Start a backend, load it, kill it, start it again, and report what was lost, duplicated or corrupted
     Storm {
         /// What the backend is
@@ -82,6 +85,32 @@ pub struct Attack {
     /// The command that starts the backend; `{socket}` in it becomes the path it is to listen on
     #[arg(last = true)]
     pub command: Vec<String>,
+}
+
+/// What to do with a file system.
+#[derive(Debug, Subcommand)]
+pub enum Fs {
+    /// Say what the server is, and what it settles with a guest
+    Info {
+        /// The server's socket
+        socket: PathBuf,
+        /// For machines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Mount it on this host until it is unmounted or this program is ended
+    Mount {
+        /// The server's socket
+        socket: PathBuf,
+        /// Where: a folder
+        folder: PathBuf,
+        /// Cut requests into buffers at random, as no guest does and every guest may
+        #[arg(long)]
+        scatter: bool,
+        /// How rings are made. `--queues` are request queues
+        #[command(flatten)]
+        rings: Rings,
+    },
 }
 
 /// What to do with a disk.

@@ -175,22 +175,39 @@ impl Device {
         ring.completion(&self.memory)
     }
 
-    /// Waits for a completion on any queue. `false`: none came.
-    pub fn wait(&mut self, limit: Duration) -> bool {
-        for ring in &mut self.rings {
-            if ring.arm(&self.memory) {
-                return true;
-            }
-        }
-        let calls: Vec<BorrowedFd<'_>> =
-            (0..self.queues()).filter_map(|queue| self.session.notifiers(queue)).map(|pair| pair.call.as_fd()).collect();
-        let mut fds: Vec<PollFd<'_>> = calls.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-        let limit = Timespec::try_from(limit).ok();
-        let ready = poll(&mut fds, limit.as_ref()).unwrap_or(0) > 0;
-        for fd in calls {
+    /// Asks to be told of the next completion on every queue. `true`: there is one already, do not wait.
+    pub fn arm(&mut self) -> bool {
+        self.rings.iter_mut().any(|ring| ring.arm(&self.memory))
+    }
+
+    /// The event descriptors on which completions are told, after [`Device::arm`].
+    pub fn calls(&self) -> Vec<BorrowedFd<'_>> {
+        (0..self.queues()).filter_map(|queue| self.session.notifiers(queue)).map(|pair| pair.call.as_fd()).collect()
+    }
+
+    /// Takes back what was told on them.
+    pub fn hush(&self) {
+        for fd in self.calls() {
             let mut count = [0; 8];
             let _nothing = rustix::io::read(fd, &mut count);
         }
+    }
+
+    /// An event descriptor that becomes readable when the backend has declared a ring broken.
+    pub fn ring_errors(&self) -> BorrowedFd<'_> {
+        self.session.ring_errors()
+    }
+
+    /// Waits for a completion on any queue. `false`: none came.
+    pub fn wait(&mut self, limit: Duration) -> bool {
+        if self.arm() {
+            return true;
+        }
+        let calls = self.calls();
+        let mut fds: Vec<PollFd<'_>> = calls.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        let limit = Timespec::try_from(limit).ok();
+        let ready = poll(&mut fds, limit.as_ref()).unwrap_or(0) > 0;
+        self.hush();
         ready
     }
 

@@ -12,7 +12,7 @@
 //! | [`ring`] | the driver's side of a split ring |
 //! | [`link`] | a backend: connected to, or started and killed and started again |
 //! | [`device`] | a session and its rings, negotiated and running |
-//! | [`blk`], [`rng`] | drivers of the two devices |
+//! | [`blk`], [`fs`], [`rng`] | drivers of devices |
 //! | [`storm`] | kills under verified load |
 //! | [`attack`] | frontends and guests that break the rules on purpose |
 //!
@@ -25,6 +25,7 @@ pub mod args;
 pub mod attack;
 pub mod blk;
 pub mod device;
+pub mod fs;
 pub mod link;
 pub mod memory;
 pub mod owner;

@@ -7,13 +7,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use probe::args::{Attack, Blk, Command, Rings, Storm, StormOf, Verb};
+use probe::args::{Attack, Blk, Command, Fs, Rings, Storm, StormOf, Verb};
 use probe::attack::{self, Case, THEMES, Verdict, Victim};
 use probe::blk::bench;
 use probe::blk::{Disk, FEATURES, nbd, verify};
 use probe::device::{Device, Shape};
+use probe::fs::bridge::Bridge;
+use probe::fs::mount::Mount;
+use probe::fs::{self, Share, wire};
 use probe::link::{Backend, connect};
 use probe::{rng, storm};
+use rustix::process::Signal;
 use serde_json::json;
 use vhost_user::features;
 
@@ -62,6 +66,8 @@ fn run(verb: Verb) -> Result<bool> {
             let time = Duration::try_from_secs_f64(seconds).context("--seconds is a time")?;
             measure(&socket, bench::Plan { load, size, depth, time, poll, seed: rings.seed }, json, rings)
         }
+        Verb::Fs(Fs::Info { socket, json }) => share_info(&socket, json),
+        Verb::Fs(Fs::Mount { socket, folder, scatter, rings }) => share(&socket, &folder, &fs::Plan::new(rings, scatter)),
         Verb::Storm { what: StormOf::Blk { snapshots, plan } } => {
             kill(&plan, |backend, how, progress| storm::blk(backend, snapshots.as_deref(), how, progress))
         }
@@ -198,6 +204,45 @@ fn measure(socket: &Path, plan: bench::Plan, json: bool, rings: Rings) -> Result
         println!("{:.0} requests/s, p50 {p50:.1} us, p99 {p99:.1} us", report.rate());
     }
     Ok(true)
+}
+
+fn share_info(socket: &Path, json: bool) -> Result<bool> {
+    let mut share = Share::open(connect(socket)?, &fs::Plan::default())?;
+    let (about, offered) = (share.about.clone(), share.device.session().offered());
+    let settled = share.greet()?;
+    let version = format!("{}.{}", settled.major, settled.minor);
+    let flags: Vec<(u64, &str)> = wire::FLAGS.iter().map(|(bit, name)| (1 << bit, *name)).collect();
+    let (flags, features) = (names(settled.flags, &flags), names(offered, &RING_FEATURES));
+    if json {
+        let shown = json!({"tag": about.tag, "request_queues": about.queues, "fuse": version, "fuse_flags": flags,
+            "max_write": settled.max_write, "max_pages": settled.max_pages, "max_readahead": settled.max_readahead,
+            "max_background": settled.max_background, "time_gran": settled.time_gran, "features": features});
+        println!("{shown}");
+        return Ok(true);
+    }
+    println!("tag             {}", about.tag.map_or_else(|| "none".to_owned(), |tag| tag.escape_debug().to_string()));
+    println!("request queues  {}", about.queues);
+    println!("features        {}", features.join(" "));
+    println!("FUSE            {version}");
+    println!("FUSE flags      {}", flags.join(" "));
+    println!("max write       {} bytes", settled.max_write);
+    println!("max pages       {}", settled.max_pages);
+    println!("max readahead   {} bytes", settled.max_readahead);
+    println!("max background  {} requests", settled.max_background);
+    println!("times           to {} ns", settled.time_gran);
+    Ok(true)
+}
+
+fn share(socket: &Path, folder: &Path, plan: &fs::Plan) -> Result<bool> {
+    let signals = [Signal::INT, Signal::TERM, Signal::HUP].map(Signal::as_raw);
+    let signals = sandbox::signal_fd(&signals).context("Cannot block signals")?;
+    let share = Share::open(connect(socket)?, plan)?;
+    let mount = Mount::new(folder, &share.about.source())?;
+    let ended = Bridge::new(share, mount, signals).run();
+    if ended.is_err() && plan.scatter {
+        eprintln!("seed {}", plan.seed);
+    }
+    ended.map(|()| true)
 }
 
 fn kill(plan: &Storm, run: impl FnOnce(&mut Backend, storm::Plan, &mut dyn FnMut(u32)) -> Result<storm::Report>) -> Result<bool> {

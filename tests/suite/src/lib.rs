@@ -13,6 +13,7 @@ pub mod card;
 pub mod disktools;
 pub mod escape;
 pub mod tracer;
+pub mod virtiofsd;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -14,6 +14,7 @@ mod suite {
     mod disks;
     mod ephemeral;
     mod escapes;
+    mod fs;
     mod hostile;
     mod kills;
     mod late_writes;
