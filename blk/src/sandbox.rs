@@ -13,7 +13,7 @@ pub const THREAD: &str = "queue";
 /// The role of the same threads where the host's device erases securely: nobody else is allowed the request for it.
 pub const ERASER: &str = "erasing queue";
 
-/// The role of the threads that wait for the disk where there is no io_uring.
+/// The role of the threads that wait for the disk: for flushes and for space that is given back, and without io_uring for all of it.
 pub const POOL: &str = "disk";
 
 /// Descriptors of each queue: an engine's, two ends of a bell, three of the ring, and one to spare.
@@ -29,10 +29,8 @@ const TABLES: &[Rule] = &[
     allow(libc::SYS_fstat, "how long an image is"),
 ];
 
-const QUEUE: &[Rule] = &[allow(
-    libc::SYS_io_uring_enter,
-    "what has to wait for the disk: reads, writes, zeroes, flushes; the ring can do nothing else",
-)];
+const QUEUE: &[Rule] =
+    &[allow(libc::SYS_io_uring_enter, "reads and writes that have to wait for the disk; the ring can do nothing else")];
 
 const ERASE: &[Rule] =
     &[allow_if(libc::SYS_ioctl, &[When::Is(1, SECURE_ERASE)], "erasing a range so that nobody finds what was there")];
