@@ -6,6 +6,7 @@
 
 use std::env;
 use std::fs::{self, File};
+use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
@@ -277,8 +278,9 @@ fn cluster_size(text: &str) -> Result<u64> {
 fn backing_size(args: &ImageCreate, backing: &Path) -> Result<u64> {
     let path = args.path.parent().unwrap_or(Path::new("")).join(backing);
     if args.backing_format != Some(ImageFormat::Qcow2) {
-        let len = fs::metadata(&path).with_context(|| format!("Cannot look at the backing image {}", path.display()))?.len();
-        return Ok(len.next_multiple_of(512));
+        // Of a block device only its end says how long it is.
+        let end = File::open(&path).and_then(|mut file| file.seek(SeekFrom::End(0)));
+        return Ok(end.with_context(|| format!("Cannot look at the backing image {}", path.display()))?.next_multiple_of(512));
     }
     qcow2_size(&path)
 }

@@ -97,7 +97,8 @@ pub struct NbdFile {
 pub struct BlockDevice {
     /// Its path.
     pub path: String,
-    _file: NbdFile,
+    /// Goes after it.
+    nbd: Option<NbdFile>,
 }
 
 /// Whether this test may make block devices. Where it may not, a line says that it is skipped.
@@ -128,9 +129,16 @@ impl BlockDevice {
     /// Makes one. `folder` is a place for it that is not there yet.
     pub fn new(socket: &Path, folder: PathBuf) -> BlockDevice {
         let file = NbdFile::new(socket, folder);
-        let made = run(Command::new("losetup").args(["--direct-io=on", "--show", "-f"]).arg(&file.path));
+        let mut device = BlockDevice::of(&file.path);
+        device.nbd = Some(file);
+        device
+    }
+
+    /// Of an ordinary file.
+    pub fn of(file: &Path) -> BlockDevice {
+        let made = run(Command::new("losetup").args(["--direct-io=on", "--show", "-f"]).arg(file));
         assert_eq!(made.code, Some(0), "{}", made.err);
-        BlockDevice { path: made.out.trim().to_owned(), _file: file }
+        BlockDevice { path: made.out.trim().to_owned(), nbd: None }
     }
 }
 

@@ -174,3 +174,20 @@ fn qemu_img_copies_to_and_from_our_disks() {
         assert!(fs::read(source).unwrap() == fs::read(copy).unwrap(), "{format}");
     }
 }
+
+#[test]
+fn an_overlay_of_a_block_device_is_as_large_as_that() {
+    if !can_make_block_devices("an overlay of a block device") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let base = scratch.image("base", 8 << 20);
+    let device = BlockDevice::of(&base);
+    let overlay = scratch.path("overlay.qcow2");
+    let words = ["image", "create", "--format", "qcow2", "--backing", &device.path, "--backing-format", "raw"];
+    let made = run(Command::new(program("outboard")).args(words).arg(&overlay));
+    assert_eq!(made.code, Some(0), "{}", made.err);
+    let said = run(Command::new(program("outboard")).args(["image", "info", "--json", "--format", "qcow2"]).arg(&overlay));
+    let info: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!(info["size"], 8 << 20, "{info}");
+}
