@@ -41,10 +41,16 @@ impl Scratch {
     /// A new one.
     pub fn new() -> Scratch {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("outboard-suite-{}-{number}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("a folder for the test can be made");
-        Scratch(path)
+        loop {
+            let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("outboard-suite-{}-{number}", std::process::id()));
+            match std::fs::create_dir(&path) {
+                Ok(()) => return Scratch(path),
+                // A test that was killed has left it, and its number has come round again.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => panic!("Cannot make {}: {error}", path.display()),
+            }
+        }
     }
 
     /// A path in it.

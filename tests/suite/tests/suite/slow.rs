@@ -36,9 +36,10 @@ esac
 
 /// An image that is served so.
 struct Slow {
-    scratch: Scratch,
     file: NbdFile,
     _nbdkit: Running,
+    /// Goes last: the others are mounted in it, and listen in it.
+    scratch: Scratch,
 }
 
 impl Slow {
