@@ -1,6 +1,7 @@
 //! Where the bytes of a disk are: one queue's view of the image, in the terms of the queue.
 
 use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 pub use image::Barrier;
@@ -209,7 +210,8 @@ impl Volume {
         if range.len == 0 { Ok(()) } else { self.lookup.discard(range.offset, range.len).map_err(told) }
     }
 
-    /// Erases a range of the device so that nobody finds what was there.
+    /// Erases a range of the device so that nobody finds what was there. What an overlay hides is not erased: whoever has the image below
+    /// wants it as it is, and in the overlay there is nothing that a device could erase.
     ///
     /// # Errors
     /// The device's; also when an overlay has come onto it.
@@ -217,7 +219,10 @@ impl Volume {
         if range.len == 0 {
             return Ok(());
         }
-        self.lookup.erase(range.offset, range.len, |device| secure_erase(device, range.offset, range.len)).map_err(told)
+        let _range = self.share(range.offset, range.len).map_err(|Busy| ErrorKind::ResourceBusy)?;
+        let device = self.plain(range.offset, range.len)?.ok_or(ErrorKind::Unsupported)?;
+        let erased = secure_erase(device.as_fd(), range.offset, range.len);
+        erased.map_err(|error| io::Error::new(error.kind(), format!("Cannot erase a range of the device: {error}")))
     }
 
     /// Turns a range into zeroes.

@@ -5,7 +5,7 @@
 //! 3. the guest suite (`tests/suite/tests/guest.rs`): our machine boots Debian. It runs right here where KVM runs stock
 //!    kernels, and in one boot of the [nested machine](crate::nested) elsewhere, together with the VMM's own guest tests
 //!    (`vmm/tests/guest.rs`), some of which skip themselves on a KVM that is none;
-//! 3. disk servers on a flash card (`tests/suite/tests/card.rs`): always in the nested machine, whose kernel takes modules for it.
+//! 4. disk servers on a flash card (`tests/suite/tests/card.rs`): always in the nested machine, whose kernel takes modules for it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

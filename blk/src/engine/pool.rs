@@ -1,4 +1,5 @@
-//! Threads that wait for the disk, where the host has no io_uring for us.
+//! Threads that wait for the disk: for all there is to do where the host has no io_uring for us, and beside one for what
+//! [`split`](crate::engine::split) says.
 //!
 //! The device has a few of them, for all its queues. A job carries what it needs: the file, and a buffer that keeps guest memory
 //! mapped. Its outcome goes to the box of the queue that asked, with a ring of that box's bell.

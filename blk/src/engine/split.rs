@@ -7,9 +7,11 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use virtio::worker::SOURCES;
+
 use crate::engine::pool::Pool;
 use crate::engine::uring::Uring;
-use crate::engine::{Done, Engine, File, SOURCES, Work};
+use crate::engine::{Done, Engine, File, Work};
 
 /// Threads of a device. Each queue gives space back in one place at a time, and a flush must not wait for that.
 pub const THREADS: u16 = 4;

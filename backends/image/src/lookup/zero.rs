@@ -4,8 +4,6 @@
 //! Where the format cannot say that (version 2), and where the guest asked for less than a cluster, a discard does nothing.
 //! Zeroing always ends in zeroes: by a zero cluster, by giving the cluster back where nothing is below, or by writing them.
 
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use crate::chain::Node;
@@ -39,7 +37,7 @@ impl Lookup {
         self.image.flush()
     }
 
-    /// The file in which a range of the disk lies as it is, where the top is a raw image: there the file system itself can zero it. The
+    /// The file in which a range of the disk lies as it is, where the top is a raw image: there the file system itself can zero it, and a device erase it. The
     /// caller shares the range until it has.
     ///
     /// # Errors
@@ -47,11 +45,7 @@ impl Lookup {
     pub fn plain(&mut self, offset: u64, len: u64) -> Result<Option<FileId>> {
         self.refresh();
         self.check_range(offset, len)?;
-        match self.chain.nodes.first().map(|node| &**node) {
-            Some(Node::Raw { file, writable: true, .. }) => Ok(Some(file.id())),
-            Some(Node::Raw { .. }) | None => Err(Error::ReadOnly),
-            Some(Node::Qcow2(_)) => Ok(None),
-        }
+        Ok(self.raw_top()?.map(|file| file.id()))
     }
 
     /// Has a range alone, rounded out to clusters, until the guard is dropped: for whatever must see no I/O there. Do not call
@@ -105,19 +99,6 @@ impl Lookup {
         self.change(offset, len, How::Discard)
     }
 
-    /// Has a raw image's device erase a range, in the way that `erase` knows. What an overlay hides is not erased: whoever has the image
-    /// below wants it as it is, and in the overlay there is nothing that a device could erase.
-    ///
-    /// # Errors
-    /// [`Error::Busy`] as for [`zero`](Lookup::zero), what `erase` says, or that there is no device that is written.
-    pub fn erase(&mut self, offset: u64, len: u64, erase: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>) -> Result<()> {
-        self.refresh();
-        self.check_range(offset, len)?;
-        let unknown = || io::Error::from(io::ErrorKind::Unsupported);
-        let erased = self.change_raw(offset, len, |file| erase(file.fd().ok_or_else(unknown)?))?;
-        erased.unwrap_or_else(|| Err(unknown())).map_err(Error::io("Cannot erase a range of the device"))
-    }
-
     fn change(&mut self, offset: u64, len: u64, how: How) -> Result<()> {
         self.refresh();
         self.check_range(offset, len)?;
@@ -134,11 +115,8 @@ impl Lookup {
                     other => other,
                 };
             }
-        } else {
-            let change = |file: &dyn Storage| if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
-            if let Some(done) = self.change_raw(offset, len, change)? {
-                return done.map_err(Error::io("Cannot zero a range of the image"));
-            }
+        } else if let Some(done) = self.change_raw(offset, len, how)? {
+            return Ok(done);
         }
         // Until the range is ours alone an overlay may come: which image it is, is known only then.
         let _alone = self.exclude(offset, len)?;
@@ -160,19 +138,20 @@ impl Lookup {
         self.chain.nodes.first().filter(|node| matches!(***node, Node::Qcow2(_))).map(Arc::clone)
     }
 
-    /// Does something to the file of a raw image, with a range of it shared: the file system itself sees to it that bytes beside it
-    /// stay as they are. `None`: there is an overlay on it now.
-    fn change_raw(
-        &mut self,
-        offset: u64,
-        len: u64,
-        change: impl FnOnce(&dyn Storage) -> io::Result<()>,
-    ) -> Result<Option<io::Result<()>>> {
+    /// A range of a raw image, which is shared: the file system itself sees to it that bytes beside it stay as they are. `None`: there
+    /// is an overlay on it now.
+    fn change_raw(&mut self, offset: u64, len: u64, how: How) -> Result<Option<()>> {
         let _range = self.share(offset, len)?;
         self.refresh();
-        let chain = Arc::clone(&self.chain);
-        match chain.nodes.first().map(|node| &**node) {
-            Some(Node::Raw { file, writable: true, .. }) => Ok(Some(change(&**file))),
+        let Some(file) = self.raw_top()? else { return Ok(None) };
+        let done = if how == How::Keep { file.zero(offset, len) } else { file.punch(offset, len) };
+        done.map(Some).map_err(Error::io("Cannot zero a range of the image"))
+    }
+
+    /// The file of the top image, where that is raw and written.
+    fn raw_top(&self) -> Result<Option<Arc<dyn Storage>>> {
+        match self.chain.nodes.first().map(|node| &**node) {
+            Some(Node::Raw { file, writable: true, .. }) => Ok(Some(Arc::clone(file))),
             Some(Node::Raw { .. }) | None => Err(Error::ReadOnly),
             Some(Node::Qcow2(_)) => Ok(None),
         }

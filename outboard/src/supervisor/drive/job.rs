@@ -235,23 +235,19 @@ impl Drive<'_> {
 
     /// From here on the disk has this overlay.
     fn place(&mut self, overlay: Overlay) -> Result<()> {
-        let event = match &overlay {
-            Overlay::On(path) => {
-                notices::line(&format!("{}: the disk goes on in {}", self.name, path.display()));
-                Event { file: Some(path.display().to_string()), ..Event::of(What::DiskSnapshot, self.name) }
-            }
-            Overlay::Scratch(_) | Overlay::Instead { .. } => {
-                notices::line(&format!("{}: the disk was reset", self.name));
-                Event::of(What::DiskReset, self.name)
-            }
-        };
-        self.happened.push(event);
         match overlay {
             Overlay::On(path) => {
+                notices::line(&format!("{}: the disk goes on in {}", self.name, path.display()));
+                let file = Some(path.display().to_string());
+                self.happened.push(Event { file, ..Event::of(What::DiskSnapshot, self.name) });
                 self.images.insert(0, Image { path, format: ImageFormat::Qcow2 });
             }
-            Overlay::Scratch(file) => self.scratch = Some(file),
+            Overlay::Scratch(file) => {
+                self.was_reset();
+                self.scratch = Some(file);
+            }
             Overlay::Instead { place, home } => {
+                self.was_reset();
                 let Some(top) = self.images.first_mut() else { return Ok(()) };
                 if let Err(error) = fs::rename(&place, &home) {
                     let (now, name) = (place.display().to_string(), home.display());
@@ -261,6 +257,11 @@ impl Drive<'_> {
             }
         }
         Ok(())
+    }
+
+    fn was_reset(&mut self) {
+        notices::line(&format!("{}: the disk was reset", self.name));
+        self.happened.push(Event::of(What::DiskReset, self.name));
     }
 
     /// The process is gone, and knows of nothing any more.
