@@ -1,0 +1,3 @@
+//! virtio-fs (virtio 1.3, 5.11): a directory of the host, shared with a guest.
+
+pub mod request;

@@ -1,0 +1,3 @@
+//! `outboard-virtiofsd`: a vhost-user server for virtio-fs.
+
+fn main() {}
