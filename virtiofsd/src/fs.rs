@@ -1,0 +1,302 @@
+//! A share, and what is done with it.
+//!
+//! [`Share::perform`] carries out a checked request. It writes what belongs behind the header of the answer into the room there is, and
+//! gives its length. Any thread may do so: what threads share is in the [`Tree`], what a thread needs for itself is its [`Thread`].
+//!
+//! A thread that serves a queue is impatient: a request that would have to wait for a disk, or for another machine, is not carried out but
+//! given back as [`Done::Slow`], for another thread to do.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::fs::Statx;
+use rustix::io::Errno;
+use virtio::Buffer;
+
+use crate::identity::Credentials;
+use crate::owner::Owners;
+use crate::reply::{Attr, Timeouts};
+use crate::request::{Dialect, Operation, Request};
+use crate::tree::node::Kind;
+use crate::tree::{ROOT, Tree};
+
+mod change;
+mod dir;
+mod file;
+mod ioctl;
+mod look;
+mod make;
+mod remove;
+mod session;
+mod xattr;
+
+/// Bytes of the answer to one reading of a directory, of one extended attribute, and of the names of all of a file.
+const BUFFER: usize = 64 * 1024;
+
+/// What of a share is up to whoever starts the process.
+#[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
+pub struct Settings {
+    /// What the guest keeps, and for how long.
+    pub cache: Cache,
+    /// How long the guest believes what it knows.
+    pub timeout: Duration,
+    /// How long it believes that something is not there. None: it asks each time.
+    pub negative_timeout: Option<Duration>,
+    /// Nothing is changed.
+    pub read_only: bool,
+    /// Extended attributes.
+    pub xattr: bool,
+    /// Access control lists.
+    pub posix_acl: bool,
+    /// The guest may collect writes.
+    pub writeback: bool,
+    /// The guest may pass the host's page cache by.
+    pub allow_direct_io: bool,
+    /// Files that are not cached may be mapped all the same.
+    pub allow_mmap: bool,
+    /// Mounts in the share show as mounts.
+    pub announce_submounts: bool,
+    /// The guest says when set-user-id bits are to go.
+    pub killpriv_v2: bool,
+    /// Directories are read with what is in them.
+    pub readdirplus: bool,
+    /// Locks of the guest are locks of the host.
+    pub locks: bool,
+    /// A guest that does not want the time of access changed is obeyed.
+    pub preserve_noatime: bool,
+}
+
+/// What a guest keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing.
+    Never,
+    /// What is known about files, but no data.
+    Metadata,
+    /// Everything, for a second; data until the file is opened again.
+    #[default]
+    Auto,
+    /// Everything, for as long as there is room.
+    Always,
+}
+
+/// A directory, or a file, that is shared.
+#[derive(Debug)]
+pub struct Share {
+    pub(crate) tree: Tree,
+    pub(crate) settings: Settings,
+    pub(crate) owners: Owners,
+    session: Session,
+}
+
+/// What was agreed on with the guest.
+#[derive(Debug, Default)]
+struct Session {
+    begun: AtomicBool,
+    flags: AtomicU64,
+}
+
+/// What one thread has for itself.
+#[derive(Debug)]
+pub struct Thread {
+    pub(crate) credentials: Credentials,
+    /// What the kernel says, and what the guest is told.
+    heard: Vec<u8>,
+    told: Vec<u8>,
+}
+
+impl Thread {
+    /// Of a process that may, or may not, be several users.
+    pub fn new(several: bool) -> Thread {
+        Thread { credentials: Credentials::new(several), heard: Vec::with_capacity(BUFFER), told: vec![0; BUFFER] }
+    }
+}
+
+/// Where a request's data is, and where its answer goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Io<'a> {
+    /// What follows the arguments.
+    pub data: Buffer<'a>,
+    /// What follows the header of the answer.
+    pub room: Buffer<'a>,
+    /// The thread may wait.
+    pub patient: bool,
+}
+
+/// How far a request has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// It is done, and the answer has so many bytes after its header.
+    Answer(u32),
+    /// It is done, and there is no answer.
+    Silence,
+    /// Nothing was done yet: it takes a thread that may wait.
+    Slow,
+    /// Nothing was done yet: somebody has a lock that this one waits for.
+    Locked,
+}
+
+pub(crate) type Outcome = Result<Done, Errno>;
+
+impl Io<'_> {
+    /// The answer is these bytes.
+    pub(crate) fn answer(&self, bytes: &[u8]) -> Outcome {
+        let len = u32::try_from(bytes.len()).map_err(|_| Errno::OVERFLOW)?;
+        if self.room.len() < len {
+            return Err(Errno::INVAL);
+        }
+        self.room.copy_from(bytes);
+        Ok(Done::Answer(len))
+    }
+}
+
+const EMPTY: Done = Done::Answer(0);
+
+impl Share {
+    /// A share of what `root` refers to.
+    pub(crate) fn new(tree: Tree, settings: Settings, owners: Owners) -> Share {
+        Share { tree, settings, owners, session: Session::default() }
+    }
+
+    /// How requests of this session are to be read.
+    pub fn dialect(&self) -> Dialect {
+        Dialect { setxattr_ext: self.agreed(crate::abi::SETXATTR_EXT) }
+    }
+
+    /// Whether both sides can do this.
+    pub(crate) fn agreed(&self, flag: u64) -> bool {
+        self.session.flags.load(Ordering::Relaxed) & flag != 0
+    }
+
+    /// Carries out a request.
+    ///
+    /// # Errors
+    /// What the guest is to be told.
+    pub fn perform(&self, thread: &mut Thread, request: &Request<'_>, io: Io<'_>) -> Outcome {
+        let done = self.dispatch(thread, request, io);
+        if done.is_err() {
+            thread.credentials.come_back();
+        }
+        done
+    }
+
+    fn dispatch(&self, thread: &mut Thread, request: &Request<'_>, io: Io<'_>) -> Outcome {
+        let node = request.node;
+        if self.settings.read_only && changes(&request.operation) {
+            return Err(Errno::ROFS);
+        }
+        match request.operation {
+            Operation::Init { major, minor, max_readahead, flags } => self.init(major, minor, max_readahead, flags, io),
+            Operation::Destroy => self.destroy(),
+            Operation::Lookup { name } => self.lookup(node, name, io),
+            Operation::Forget { count } => self.forget(node, count),
+            Operation::BatchForget { count } => self.forget_many(count, io),
+            Operation::GetAttr { handle } => self.get_attr(node, handle, io),
+            Operation::Statx { handle, .. } => self.statx(node, handle, io),
+            Operation::SetAttr(change) => self.set_attr(thread, node, &change, io),
+            Operation::ReadLink => self.read_link(node, io),
+            Operation::Access { mask } => self.access(request, mask),
+            Operation::StatFs => self.stat_fs(node, io),
+            Operation::Symlink { name, target } => self.symlink(thread, request, name, target, io),
+            Operation::MkNod { name, mode, device, umask } => self.make_node(thread, request, name, (mode, device, umask), io),
+            Operation::MkDir { name, mode, umask } => self.make_dir(thread, request, name, (mode, umask), io),
+            Operation::Link { old, name } => self.link(node, old, name, io),
+            Operation::Create { name, flags, mode, umask, .. } => self.create(thread, request, name, (flags, mode, umask), io),
+            Operation::TmpFile { flags, mode, umask, .. } => self.make_nameless(thread, request, (flags, mode, umask), io),
+            Operation::Unlink { name } => self.unlink(node, name, false),
+            Operation::RmDir { name } => self.unlink(node, name, true),
+            Operation::Rename { name, to, new_name, flags } => self.rename((node, name), (to, new_name), flags),
+            Operation::Open { flags, .. } => self.open(thread, node, flags, io),
+            Operation::Read { handle, offset, size, .. } => self.read((node, handle), offset, size, io),
+            Operation::Write { handle, offset, size, write_flags, .. } => {
+                self.write(thread, (node, handle), (offset, size, write_flags), io)
+            }
+            Operation::Release { handle, .. } | Operation::ReleaseDir { handle } => self.release(node, handle),
+            Operation::Flush { handle, .. } => self.flush(node, handle, io),
+            Operation::FSync { handle, data_only } | Operation::FSyncDir { handle, data_only } => {
+                self.sync(node, handle, data_only, io)
+            }
+            Operation::FAllocate { handle, offset, length, mode } => self.allocate((node, handle), offset, length, mode, io),
+            Operation::LSeek { handle, offset, whence } => self.seek(node, handle, offset, whence, io),
+            Operation::CopyFileRange { .. } => self.copy(request, io),
+            Operation::OpenDir { .. } => self.open_dir(node, io),
+            Operation::ReadDir { handle, offset, size, plus } => self.read_dir(thread, (node, handle), (offset, size, plus), io),
+            Operation::SetXattr { name, value, flags, .. } => self.set_xattr(node, name, value, flags),
+            Operation::GetXattr { name, size } => self.get_xattr(thread, node, name, size, io),
+            Operation::ListXattr { size } => self.list_xattr(thread, node, size, io),
+            Operation::RemoveXattr { name } => self.remove_xattr(node, name),
+            Operation::Ioctl { handle, flags, command, input, output, .. } => {
+                self.ioctl((node, handle), (flags, command), input, output, io)
+            }
+            Operation::SyncFs => self.sync_fs(io),
+            Operation::GetLock { .. } | Operation::SetLock { .. } => Err(Errno::NOSYS),
+            // The request is none that waits for a lock: there is nothing to interrupt.
+            Operation::Interrupt { .. } => Ok(EMPTY),
+        }
+    }
+
+    /// What the guest is told about a file on the mount `mount` whose directory is on the mount `above`.
+    pub(crate) fn attributes(&self, stat: &Statx, crossed: bool) -> Attr {
+        let time = |at: &rustix::fs::StatxTimestamp| (at.tv_sec, at.tv_nsec);
+        let flags = if crossed && self.agreed(crate::abi::SUBMOUNTS) { crate::abi::ATTR_SUBMOUNT } else { 0 };
+        let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
+        Attr {
+            ino: stat.stx_ino,
+            size: stat.stx_size,
+            blocks: stat.stx_blocks,
+            atime: time(&stat.stx_atime),
+            mtime: time(&stat.stx_mtime),
+            ctime: time(&stat.stx_ctime),
+            mode: stat.stx_mode.into(),
+            nlink: stat.stx_nlink,
+            uid: self.owners.uids.to_guest(stat.stx_uid),
+            gid: self.owners.gids.to_guest(stat.stx_gid),
+            rdev: (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12),
+            blksize: stat.stx_blksize,
+            flags,
+        }
+    }
+
+    pub(crate) fn timeouts(&self) -> Timeouts {
+        Timeouts { entry: self.settings.timeout, attr: self.settings.timeout }
+    }
+
+    /// A descriptor of the directory in which something is to be done.
+    pub(crate) fn directory(&self, node: u64) -> Result<std::sync::Arc<OwnedFd>, Errno> {
+        self.tree.directory(node)
+    }
+
+    /// The mount of a node is the one of its directory.
+    pub(crate) fn is_directory(&self, node: u64) -> bool {
+        node == ROOT || self.tree.kind(node) == Ok(Kind::DIRECTORY)
+    }
+}
+
+/// Whether a request changes the share, whatever comes of it.
+fn changes(operation: &Operation<'_>) -> bool {
+    match operation {
+        Operation::SetAttr(_)
+        | Operation::Symlink { .. }
+        | Operation::MkNod { .. }
+        | Operation::MkDir { .. }
+        | Operation::Unlink { .. }
+        | Operation::RmDir { .. }
+        | Operation::Rename { .. }
+        | Operation::Link { .. }
+        | Operation::Create { .. }
+        | Operation::TmpFile { .. }
+        | Operation::Write { .. }
+        | Operation::SetXattr { .. }
+        | Operation::RemoveXattr { .. }
+        | Operation::FAllocate { .. }
+        | Operation::CopyFileRange { .. } => true,
+        Operation::Open { flags, .. } => {
+            let flags = flags.cast_signed();
+            flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0
+        }
+        Operation::Ioctl { command, .. } => ioctl::changes(*command),
+        _ => false,
+    }
+}

@@ -1,0 +1,345 @@
+//! Requests about open files.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{
+    FallocateFlags, Mode, OFlags, SeekFrom, Statx, copy_file_range, fallocate, fdatasync, fsync, ftruncate, openat2, seek, syncfs,
+};
+use rustix::io::Errno;
+
+use crate::abi;
+use crate::fs::change::PRIVILEGED;
+use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share, Thread};
+use crate::reply;
+use crate::request::{Operation, Request};
+use crate::tree::handle::Handle;
+use crate::tree::node::Kind;
+use crate::tree::{ROOT, look};
+
+/// Most bytes that are written by a thread which serves a queue: copying more takes longer than having another thread do it.
+const INLINE_WRITE: u32 = 64 * 1024;
+
+/// Data is kept in pieces of that many bytes.
+const PAGE: u64 = 4096;
+
+/// Flags of an open file that are passed on. The rest is up to the guest's kernel, or to us.
+const PASSED: OFlags = OFlags::RWMODE.union(OFlags::APPEND).union(OFlags::SYNC).union(OFlags::DSYNC);
+
+/// A file that was opened for the guest.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) file: OwnedFd,
+    pub(super) stat: Statx,
+    pub(super) flags: u32,
+}
+
+impl Share {
+    /// How a file is opened that the guest wants opened so.
+    pub(super) fn flags(&self, flags: u32) -> OFlags {
+        let asked = OFlags::from_bits_retain(flags);
+        let mut how = (asked & PASSED) | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        if self.settings.allow_direct_io {
+            how |= asked & OFlags::DIRECT;
+        }
+        if self.settings.preserve_noatime {
+            how |= asked & OFlags::NOATIME;
+        }
+        if self.agreed(abi::WRITEBACK_CACHE) {
+            // The guest reads what it writes a part of, and knows where the end is.
+            if asked & OFlags::RWMODE == OFlags::WRONLY {
+                how = (how - OFlags::RWMODE) | OFlags::RDWR;
+            }
+            how -= OFlags::APPEND;
+        }
+        how
+    }
+
+    /// Opens an inode by the name that it is known by.
+    pub(super) fn reopen(&self, node: u64, how: OFlags) -> Result<(OwnedFd, Statx), Errno> {
+        let how = how | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        let resolve = self.tree.resolve();
+        if self.is_directory(node) {
+            let file = openat2(&*self.tree.fd(node)?, c".", how - OFlags::NOFOLLOW, Mode::empty(), resolve)?;
+            let stat = look(&file, c"")?;
+            return Ok((file, stat));
+        }
+        let Some((parent, name, identity)) = self.tree.named(node)? else {
+            return self.borrow(node, how);
+        };
+        let dir = self.tree.fd(parent)?;
+        let file = openat2(&dir, name.as_c_str(), how, Mode::empty(), resolve);
+        let file = file.map_err(|errno| if matches!(errno, Errno::NOENT | Errno::LOOP) { Errno::STALE } else { errno })?;
+        let stat = look(&file, c"")?;
+        if self.tree.identify_open(&stat, &file)? != identity {
+            return Err(Errno::STALE);
+        }
+        Ok((file, stat))
+    }
+
+    /// A file without a name cannot be opened; one that is open already is as good, if it was opened for as much.
+    fn borrow(&self, node: u64, how: OFlags) -> Result<(OwnedFd, Statx), Errno> {
+        if node == ROOT {
+            return Err(Errno::STALE);
+        }
+        let wanted = how & OFlags::RWMODE;
+        let fits = |handle: &Handle| {
+            let has = rustix::fs::fcntl_getfl(&handle.file).map(|flags| flags & OFlags::RWMODE);
+            has.is_ok_and(|has| has == OFlags::RDWR || has == wanted)
+        };
+        let handle = self.tree.handles.find(node, fits).ok_or(Errno::STALE)?;
+        let file = rustix::io::fcntl_dupfd_cloexec(&handle.file, 3)?;
+        let stat = look(&file, c"")?;
+        Ok((file, stat))
+    }
+
+    pub(super) fn open(&self, thread: &mut Thread, node: u64, flags: u32, io: Io<'_>) -> Outcome {
+        let opened = self.open_file(thread, node, flags)?;
+        io.answer(&self.register(node, opened)?)
+    }
+
+    pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32) -> Result<Opened, Errno> {
+        // Opening a device or a pipe does something; what the guest wants with one it does by itself.
+        match self.tree.kind(node)? {
+            Kind::REGULAR => {}
+            Kind::DIRECTORY => return Err(Errno::ISDIR),
+            Kind::SYMLINK => return Err(Errno::LOOP),
+            _ => return Err(Errno::BADF),
+        }
+        let (file, stat) = self.reopen(node, self.flags(flags))?;
+        if Kind::of(stat.stx_mode) != Kind::REGULAR {
+            return Err(Errno::STALE);
+        }
+        if flags.cast_signed() & libc::O_TRUNC != 0 {
+            let keep = flags & abi::OPEN_KILL_SUIDGID_UNSET != 0;
+            thread.credentials.keeping_ids_if(keep, || ftruncate(&file, 0))?;
+        }
+        Ok(Opened { file, stat, flags })
+    }
+
+    /// Gives an open file a number, and says how the guest is to treat it.
+    pub(super) fn register(&self, node: u64, opened: Opened) -> Result<[u8; 16], Errno> {
+        let Opened { file, stat, flags } = opened;
+        let asked = OFlags::from_bits_retain(flags);
+        let direct = self.settings.allow_direct_io && asked.contains(OFlags::DIRECT);
+        let slow = self.is_slow(node);
+        let handle = Handle {
+            file,
+            node,
+            cursor: None,
+            append: asked.contains(OFlags::APPEND),
+            privileged: AtomicBool::new(u32::from(stat.stx_mode) & PRIVILEGED != 0),
+            patient: AtomicBool::new(false),
+            slow: slow || direct || asked.intersects(OFlags::SYNC | OFlags::DSYNC),
+        };
+        let number = self.tree.handles.insert(handle)?;
+        Ok(reply::open(number, self.open_flags(direct, slow)))
+    }
+
+    fn open_flags(&self, direct: bool, slow: bool) -> u32 {
+        // What is written reaches the host with each write, except where the file system says more when a file is closed.
+        let flush = if slow || self.settings.locks { 0 } else { abi::FOPEN_NOFLUSH };
+        let cache = match self.settings.cache {
+            _ if direct => abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES,
+            Cache::Never | Cache::Metadata => abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES,
+            Cache::Auto => 0,
+            Cache::Always => abi::FOPEN_KEEP_CACHE,
+        };
+        flush | cache
+    }
+
+    /// Whether the file system of an inode asks somebody else.
+    pub(super) fn is_slow(&self, node: u64) -> bool {
+        self.tree.mount(node).ok().and_then(|mount| self.tree.mounts.get(mount)).is_some_and(|mount| mount.slow)
+    }
+
+    pub(super) fn read(&self, (node, number): (u64, u64), offset: u64, size: u32, io: Io<'_>) -> Outcome {
+        let handle = self.tree.handles.get(number, node)?;
+        if handle.slow && !io.patient {
+            return Ok(Done::Slow);
+        }
+        let mut at_once = !io.patient && !handle.patient.load(Ordering::Relaxed);
+        let mut rest = io.room.split_at(size).0;
+        let mut at = offset;
+        while !rest.is_empty() {
+            let file = handle.file.as_fd();
+            let read = if at_once { rest.read_at_once(file, at) } else { rest.read_from(file, Some(at)) };
+            let count = match read {
+                Ok(count) => u32::try_from(count).map_err(|_| Errno::OVERFLOW)?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock && at_once => return Ok(Done::Slow),
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) && at_once => {
+                    handle.patient.store(true, Ordering::Relaxed);
+                    at_once = false;
+                    continue;
+                }
+                Err(error) if at == offset => return Err(errno(&error)),
+                Err(_) => break,
+            };
+            at = at.saturating_add(count.into());
+            rest = rest.split_at(count).1;
+            // Data that is missing from memory is missing page by page: what ends within one is the end of the file.
+            if count == 0 || !at.is_multiple_of(PAGE) {
+                break;
+            }
+        }
+        let done = at.saturating_sub(offset);
+        u32::try_from(done).map(Done::Answer).map_err(|_| Errno::OVERFLOW)
+    }
+
+    pub(super) fn write(
+        &self,
+        thread: &mut Thread,
+        (node, number): (u64, u64),
+        (offset, size, write_flags): (u64, u32, u32),
+        io: Io<'_>,
+    ) -> Outcome {
+        let handle = self.tree.handles.get(number, node)?;
+        if !io.patient && (handle.slow || size > INLINE_WRITE) {
+            return Ok(Done::Slow);
+        }
+        // Nobody has the right to keep these bits, unless the guest says who does and it is this one.
+        let keep = self.agreed(abi::HANDLE_KILLPRIV_V2)
+            && write_flags & abi::WRITE_KILL_SUIDGID == 0
+            && handle.privileged.load(Ordering::Relaxed);
+        let data = io.data.split_at(size).0;
+        let written = thread.credentials.keeping_ids_if(keep, || write_all(&handle, data, offset))?;
+        io.answer(&reply::write(written))
+    }
+
+    pub(super) fn release(&self, node: u64, handle: u64) -> Outcome {
+        self.tree.handles.remove(handle, node).map(|_closed| EMPTY)
+    }
+
+    pub(super) fn flush(&self, node: u64, handle: u64, io: Io<'_>) -> Outcome {
+        let handle = self.tree.handles.get(handle, node)?;
+        if !handle.slow {
+            return Ok(EMPTY);
+        }
+        if !io.patient {
+            return Ok(Done::Slow);
+        }
+        // Some file systems tell what went wrong with a write only when a descriptor is closed.
+        let copy = rustix::io::fcntl_dupfd_cloexec(&handle.file, 3)?;
+        drop(copy);
+        Ok(EMPTY)
+    }
+
+    pub(super) fn sync(&self, node: u64, handle: u64, data_only: bool, io: Io<'_>) -> Outcome {
+        if !io.patient {
+            return Ok(Done::Slow);
+        }
+        let done = |file: &OwnedFd| if data_only { fdatasync(file) } else { fsync(file) };
+        match self.tree.handles.get(handle, node) {
+            Ok(handle) => done(&handle.file)?,
+            // Where directories are not opened, there is no handle.
+            Err(_) if handle == 0 && self.is_directory(node) => done(&self.reopen(node, OFlags::RDONLY)?.0)?,
+            Err(errno) => return Err(errno),
+        }
+        Ok(EMPTY)
+    }
+
+    pub(super) fn sync_fs(&self, io: Io<'_>) -> Outcome {
+        if !io.patient {
+            return Ok(Done::Slow);
+        }
+        let (root, _) = self.reopen(ROOT, OFlags::RDONLY)?;
+        syncfs(&root)?;
+        Ok(EMPTY)
+    }
+
+    pub(super) fn allocate(&self, (node, handle): (u64, u64), offset: u64, length: u64, mode: u32, io: Io<'_>) -> Outcome {
+        let handle = self.tree.handles.get(handle, node)?;
+        if !io.patient {
+            return Ok(Done::Slow);
+        }
+        fallocate(&handle.file, FallocateFlags::from_bits_retain(mode), offset, length)?;
+        Ok(EMPTY)
+    }
+
+    pub(super) fn seek(&self, node: u64, handle: u64, offset: u64, whence: u32, io: Io<'_>) -> Outcome {
+        let handle = self.tree.handles.get(handle, node)?;
+        let signed = i64::try_from(offset).map_err(|_| Errno::INVAL);
+        let to = match whence.cast_signed() {
+            libc::SEEK_DATA => SeekFrom::Data(offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(offset),
+            libc::SEEK_SET => SeekFrom::Start(offset),
+            libc::SEEK_CUR => SeekFrom::Current(signed?),
+            libc::SEEK_END => SeekFrom::End(signed?),
+            _ => return Err(Errno::INVAL),
+        };
+        io.answer(&reply::lseek(seek(&handle.file, to)?))
+    }
+
+    pub(super) fn copy(&self, request: &Request<'_>, io: Io<'_>) -> Outcome {
+        let Operation::CopyFileRange { handle, offset, to, to_handle, to_offset, length, long, .. } = request.operation else {
+            return Err(Errno::INVAL);
+        };
+        let from = self.tree.handles.get(handle, request.node)?;
+        let into = self.tree.handles.get(to_handle, to)?;
+        if !io.patient {
+            return Ok(Done::Slow);
+        }
+        let most = if long { u64::MAX } else { u32::MAX.into() };
+        let length = usize::try_from(length.min(most)).unwrap_or(usize::MAX);
+        let (mut offset, mut to_offset) = (offset, to_offset);
+        let copied = copy_file_range(&from.file, Some(&mut offset), &into.file, Some(&mut to_offset), length)?;
+        match u32::try_from(copied) {
+            _ if long => io.answer(&reply::copy64(copied as u64)),
+            Ok(copied) => io.answer(&reply::write(copied)),
+            Err(_) => Err(Errno::OVERFLOW),
+        }
+    }
+
+    pub(super) fn open_dir(&self, node: u64, io: Io<'_>) -> Outcome {
+        if self.agreed(abi::NO_OPENDIR_SUPPORT) {
+            // From now on the guest does not ask.
+            return Err(Errno::NOSYS);
+        }
+        let dir = self.directory(node)?;
+        let how = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let file = openat2(&dir, c".", how, Mode::empty(), self.tree.resolve())?;
+        let handle = Handle {
+            file,
+            node,
+            cursor: Some(Mutex::new(0)),
+            append: false,
+            privileged: AtomicBool::new(false),
+            patient: AtomicBool::new(false),
+            slow: false,
+        };
+        let number = self.tree.handles.insert(handle)?;
+        let flags = match self.settings.cache {
+            Cache::Always => abi::FOPEN_KEEP_CACHE | abi::FOPEN_CACHE_DIR,
+            Cache::Metadata => abi::FOPEN_CACHE_DIR | abi::FOPEN_KEEP_CACHE,
+            Cache::Auto | Cache::Never => 0,
+        };
+        io.answer(&reply::open(number, flags))
+    }
+}
+
+fn write_all(handle: &Handle, data: virtio::Buffer<'_>, offset: u64) -> Result<u32, Errno> {
+    let mut rest = data;
+    let mut done = 0_u32;
+    while !rest.is_empty() {
+        let at = offset.checked_add(done.into()).ok_or(Errno::FBIG)?;
+        match rest.write_to(handle.file.as_fd(), Some(at)) {
+            Ok(0) => break,
+            Ok(count) => {
+                let count = u32::try_from(count).map_err(|_| Errno::OVERFLOW)?;
+                done = done.saturating_add(count);
+                rest = rest.split_at(count).1;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if done == 0 => return Err(errno(&error)),
+            Err(_) => break,
+        }
+    }
+    Ok(done)
+}
+
+/// The system's number for an error of an input or output.
+pub(super) fn errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}

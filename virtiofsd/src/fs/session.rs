@@ -1,0 +1,103 @@
+//! The beginning and the end of a session.
+
+use std::sync::atomic::Ordering;
+
+use rustix::io::Errno;
+
+use crate::abi;
+use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share};
+use crate::reply::{self, InitReply};
+
+/// The first version of the protocol that is spoken (Linux 5.4, the first with virtio-fs).
+const OLDEST: u32 = 31;
+
+/// Bytes of data of one request.
+const MAX_WRITE: u32 = 1 << 20;
+
+impl Share {
+    pub(super) fn init(&self, major: u32, minor: u32, max_readahead: u32, flags: u64, io: Io<'_>) -> Outcome {
+        if major > abi::MAJOR {
+            // The guest is to come again with a version that is known here.
+            return io.answer(&reply::init(&InitReply { major: abi::MAJOR, minor: abi::MINOR, ..InitReply::default() }));
+        }
+        if major < abi::MAJOR || minor < OLDEST {
+            return Err(Errno::PROTO);
+        }
+        if self.session.begun.swap(true, Ordering::Relaxed) {
+            // A guest that begins anew has forgotten what it knew.
+            self.tree.forget_all();
+        }
+        let agreed = flags & self.offers();
+        self.session.flags.store(agreed, Ordering::Relaxed);
+        io.answer(&reply::init(&InitReply {
+            major: abi::MAJOR,
+            minor: abi::MINOR,
+            max_readahead,
+            flags: agreed,
+            max_background: u16::MAX,
+            congestion_threshold: u16::MAX / 4 * 3,
+            max_write: MAX_WRITE,
+            time_gran: 1,
+            max_pages: u16::try_from(MAX_WRITE / 4096).unwrap_or(u16::MAX),
+            ..InitReply::default()
+        }))
+    }
+
+    fn offers(&self) -> u64 {
+        let settings = &self.settings;
+        let when = |condition: bool, flags: u64| if condition { flags } else { 0 };
+        abi::ASYNC_READ
+            | abi::PARALLEL_DIROPS
+            | abi::BIG_WRITES
+            | abi::AUTO_INVAL_DATA
+            | abi::ASYNC_DIO
+            | abi::ATOMIC_O_TRUNC
+            | abi::MAX_PAGES
+            | abi::INIT_EXT
+            | abi::CREATE_SUPP_GROUP
+            | abi::ALLOW_IDMAP
+            | abi::HAS_IOCTL_DIR
+            | when(settings.announce_submounts, abi::SUBMOUNTS)
+            | when(settings.readdirplus, abi::DO_READDIRPLUS | abi::READDIRPLUS_AUTO)
+            | when(settings.writeback, abi::WRITEBACK_CACHE)
+            | when(settings.posix_acl, abi::POSIX_ACL | abi::DONT_MASK | abi::SETXATTR_EXT)
+            | when(settings.killpriv_v2, abi::HANDLE_KILLPRIV_V2)
+            | when(settings.locks, abi::POSIX_LOCKS | abi::FLOCK_LOCKS)
+            | when(settings.allow_mmap, abi::DIRECT_IO_ALLOW_MMAP)
+            | when(settings.cache == Cache::Always, abi::NO_OPENDIR_SUPPORT)
+            | when(matches!(settings.cache, Cache::Always | Cache::Metadata), abi::CACHE_SYMLINKS)
+    }
+
+    pub(super) fn destroy(&self) -> Outcome {
+        self.end();
+        Ok(EMPTY)
+    }
+
+    /// The guest is gone, or was started anew.
+    pub fn end(&self) {
+        self.tree.forget_all();
+        self.session.begun.store(false, Ordering::Relaxed);
+    }
+
+    pub(super) fn forget(&self, node: u64, count: u64) -> Outcome {
+        self.tree.forget(node, count);
+        Ok(Done::Silence)
+    }
+
+    pub(super) fn forget_many(&self, count: u32, io: Io<'_>) -> Outcome {
+        let mut rest = io.data;
+        for _ in 0..count {
+            let Some((bytes, after)) = rest.take_array::<16>() else { break };
+            let [node, lookups] = halves(bytes);
+            self.tree.forget(node, lookups);
+            rest = after;
+        }
+        Ok(Done::Silence)
+    }
+}
+
+fn halves(bytes: [u8; 16]) -> [u64; 2] {
+    let number = u128::from_le_bytes(bytes);
+    let half = |number: u128| u64::try_from(number & u128::from(u64::MAX)).unwrap_or_default();
+    [half(number), half(number >> 64)]
+}

@@ -1,0 +1,123 @@
+//! System calls that no safe wrapper offers, each behind a function that is safe to call.
+//!
+//! All of them work on descriptors: on the file of one, or on a name in the directory of one.
+
+#![expect(unsafe_code, reason = "calls that no safe wrapper offers")]
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::io::Errno;
+
+const SETXATTRAT: i64 = 463;
+const GETXATTRAT: i64 = 464;
+const LISTXATTRAT: i64 = 465;
+const REMOVEXATTRAT: i64 = 466;
+
+/// `struct xattr_args`.
+#[repr(C)]
+struct XattrArgs {
+    value: u64,
+    size: u32,
+    flags: u32,
+}
+
+/// Changes the permissions of what a descriptor refers to, also of one that was opened as a path only (Linux 6.6).
+///
+/// # Errors
+/// The system's; `ENOSYS` if it has no such call.
+pub fn fchmodat2(file: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
+    // SAFETY: the path is a constant, the rest are numbers; `file` is open as it is borrowed.
+    check(unsafe { libc::syscall(libc::SYS_fchmodat2, file.as_raw_fd(), c"".as_ptr(), mode, libc::AT_EMPTY_PATH) }).map(drop)
+}
+
+/// Sets an extended attribute of what a descriptor refers to (Linux 6.13).
+///
+/// # Errors
+/// As above.
+pub fn setxattrat(file: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
+    let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
+    let args = XattrArgs { value: value.as_ptr().addr() as u64, size, flags };
+    let (fd, path, name) = (file.as_raw_fd(), c"".as_ptr(), name.as_ptr());
+    // SAFETY: the strings end in NUL; the structure and the `size` bytes it points to are only read, and outlive the call.
+    let done = unsafe { libc::syscall(SETXATTRAT, fd, path, libc::AT_EMPTY_PATH, name, &raw const args, size_of::<XattrArgs>()) };
+    check(done).map(drop)
+}
+
+/// Gets an extended attribute, or its length if there is no room at all.
+///
+/// # Errors
+/// As above.
+pub fn getxattrat(file: BorrowedFd<'_>, name: &CStr, value: &mut [u8]) -> Result<usize, Errno> {
+    let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
+    let args = XattrArgs { value: value.as_mut_ptr().addr() as u64, size, flags: 0 };
+    value.as_mut_ptr().expose_provenance();
+    let (fd, path, name) = (file.as_raw_fd(), c"".as_ptr(), name.as_ptr());
+    // SAFETY: as above; the kernel writes at most `size` bytes to where the structure points, which is `value`, borrowed until then.
+    let got = unsafe { libc::syscall(GETXATTRAT, fd, path, libc::AT_EMPTY_PATH, name, &raw const args, size_of::<XattrArgs>()) };
+    check(got)
+}
+
+/// Gets the names of all extended attributes, or how long they are in all.
+///
+/// # Errors
+/// As above.
+pub fn listxattrat(file: BorrowedFd<'_>, list: &mut [u8]) -> Result<usize, Errno> {
+    let (fd, path) = (file.as_raw_fd(), c"".as_ptr());
+    // SAFETY: the kernel writes at most as many bytes as `list` has.
+    check(unsafe { libc::syscall(LISTXATTRAT, fd, path, libc::AT_EMPTY_PATH, list.as_mut_ptr(), list.len()) })
+}
+
+/// Removes an extended attribute.
+///
+/// # Errors
+/// As above.
+pub fn removexattrat(file: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
+    let (fd, path) = (file.as_raw_fd(), c"".as_ptr());
+    // SAFETY: both strings end in NUL.
+    check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, libc::AT_EMPTY_PATH, name.as_ptr()) }).map(drop)
+}
+
+/// What to do with a lock of an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockCall {
+    /// Take it or give it up, without waiting.
+    Set,
+    /// Say what is in the way.
+    Get,
+}
+
+/// Locks, unlocks, or asks about a range of a file on behalf of an open file description. `kind` is `F_RDLCK`, `F_WRLCK` or `F_UNLCK`;
+/// `len` 0 is "to the end". Gives what is in the way of a [`LockCall::Get`].
+///
+/// # Errors
+/// `EAGAIN` when somebody else has it.
+pub fn ofd_lock(file: BorrowedFd<'_>, call: LockCall, kind: i32, start: i64, len: i64) -> Result<libc::flock, Errno> {
+    let l_type = i16::try_from(kind).map_err(|_| Errno::INVAL)?;
+    let l_whence = i16::try_from(libc::SEEK_SET).map_err(|_| Errno::INVAL)?;
+    let mut range = libc::flock { l_type, l_whence, l_start: start, l_len: len, l_pid: 0 };
+    let command = if call == LockCall::Set { libc::F_OFD_SETLK } else { libc::F_OFD_GETLK };
+    // SAFETY: the structure is initialised, outlives the call, and is not looked at meanwhile.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut range) };
+    check(done.into()).map(|_| range)
+}
+
+/// Commands of a file system that take or give a buffer of a length that is part of the command.
+///
+/// # Errors
+/// The system's.
+pub fn ioctl(file: BorrowedFd<'_>, command: u32, buffer: &mut [u8]) -> Result<u32, Errno> {
+    // The size is in bits 16 to 29 of the command: more than that the kernel neither reads nor writes.
+    let size = usize::try_from((command >> 16) & 0x3fff).map_err(|_| Errno::INVAL)?;
+    if buffer.len() < size {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: callers give commands of a list of those that do what their number says; the buffer is as large as the number says.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), command.into(), buffer.as_mut_ptr()) };
+    check(done.into()).and_then(|done| u32::try_from(done).map_err(|_| Errno::OVERFLOW))
+}
+
+fn check(result: i64) -> Result<usize, Errno> {
+    usize::try_from(result).map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+}

@@ -1,0 +1,118 @@
+//! Open files and directories, by the numbers that the guest has for them.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+
+use crate::tree::slots::{Key, Slots};
+
+const SHARDS: u64 = 16;
+const SHARD_BITS: u32 = 4;
+const PLACE_BITS: u32 = 28;
+
+/// An open file or directory.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    /// The file.
+    pub(crate) file: OwnedFd,
+    /// Which inode it is. A handle is good for no other.
+    pub(crate) node: u64,
+    /// Of a directory: how far it has been read, and a lock on that. `None`: a file.
+    pub(crate) cursor: Option<Mutex<u64>>,
+    /// The guest said `O_APPEND`, which here is up to each write.
+    pub(crate) append: bool,
+    /// It had a set-user-id or set-group-id bit, or may have by now.
+    pub(crate) privileged: AtomicBool,
+    /// Data that is not in memory cannot be told from data that is; or always comes from the disk.
+    pub(crate) patient: AtomicBool,
+    /// Its file system asks somebody else.
+    pub(crate) slow: bool,
+}
+
+/// All handles of a share.
+#[derive(Debug)]
+pub(crate) struct Handles {
+    shards: Box<[Mutex<Slots<Arc<Handle>>>]>,
+    count: AtomicU32,
+    most: u32,
+}
+
+impl Handles {
+    pub(crate) fn new(epoch: u32, most: u32) -> Handles {
+        let shards = (0..SHARDS).map(|_| Mutex::new(Slots::new(epoch))).collect();
+        Handles { shards, count: AtomicU32::new(0), most }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> u32 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// A number for a handle.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub(crate) fn insert(&self, handle: Handle) -> Result<u64, Errno> {
+        let count = self.count.fetch_add(1, Ordering::Relaxed);
+        // Handles of one inode are together, which is of no use but to find them; inodes are spread.
+        let number = (handle.node ^ (handle.node >> 6)) % SHARDS;
+        let inserted = if count < self.most { self.lock(number).insert(Arc::new(handle), 1 << PLACE_BITS) } else { None };
+        match inserted {
+            Some(key) => Ok(u64::from(key.generation) << (SHARD_BITS + PLACE_BITS) | u64::from(key.place) << SHARD_BITS | number),
+            None => {
+                self.count.fetch_sub(1, Ordering::Relaxed);
+                Err(Errno::NFILE)
+            }
+        }
+    }
+
+    /// The handle of this number, if it is one of this inode.
+    pub(crate) fn get(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
+        let (shard, key) = place_of(number)?;
+        let mut shard = self.lock(shard);
+        let handle = shard.get_mut(key).filter(|handle| handle.node == node).ok_or(Errno::BADF)?;
+        Ok(Arc::clone(handle))
+    }
+
+    /// Takes a handle out. It is closed when the last request that uses it is done.
+    pub(crate) fn remove(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
+        let (shard, key) = place_of(number)?;
+        let mut shard = self.lock(shard);
+        if shard.get_mut(key).is_none_or(|handle| handle.node != node) {
+            return Err(Errno::BADF);
+        }
+        let removed = shard.remove(key).ok_or(Errno::BADF)?;
+        self.count.fetch_sub(1, Ordering::Relaxed);
+        Ok(removed)
+    }
+
+    /// Any open file of this inode that `fits`.
+    pub(crate) fn find(&self, node: u64, fits: impl Fn(&Handle) -> bool) -> Option<Arc<Handle>> {
+        let number = (node ^ (node >> 6)) % SHARDS;
+        let shard = self.lock(number);
+        shard.iter().find(|handle| handle.node == node && fits(handle)).map(Arc::clone)
+    }
+
+    pub(crate) fn clear(&self) {
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let removed = shard.len();
+            shard.clear();
+            self.count.fetch_sub(removed, Ordering::Relaxed);
+        }
+    }
+
+    fn lock(&self, number: u64) -> MutexGuard<'_, Slots<Arc<Handle>>> {
+        let index = usize::try_from(number % SHARDS).unwrap_or_default();
+        #[expect(clippy::indexing_slicing, reason = "there are as many as the remainder may be")]
+        self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn place_of(number: u64) -> Result<(u64, Key), Errno> {
+    let generation = u32::try_from(number >> (SHARD_BITS + PLACE_BITS)).map_err(|_| Errno::BADF)?;
+    let place = u32::try_from((number >> SHARD_BITS) & ((1 << PLACE_BITS) - 1)).map_err(|_| Errno::BADF)?;
+    Ok((number % SHARDS, Key { place, generation }))
+}
