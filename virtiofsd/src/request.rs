@@ -3,9 +3,73 @@
 //! Guest bytes are fetched once, into a [`Scratch`] of the thread's own: the header, the arguments, the names, and the values that
 //! are small. What is parsed is that copy. Data of reads and writes is never copied: it stays in the chain, behind the arguments.
 
+//!
+//! ```text
+//! readable: header (40 bytes) | arguments | names | data | extensions
+//! writable: header (16 bytes) | answer | data
+//! ```
+//!
+//! How these are spread over descriptors says nothing; only their order counts. The length in the header is where a message ends: the
+//! chain may go on behind it, but not end before it.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | `fetch` | the one copy, and how it goes to another thread |
+//! | `message` | a message, from which one field after the other is taken |
+//! | `name` | names, targets of symbolic links, names of attributes |
+//! | `parse` | each message, in the order of its number |
+//! | `extension` | what may follow a message that makes something |
+
 #![warn(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
+mod extension;
+mod fetch;
+mod message;
+mod name;
+mod parse;
+
 use std::ffi::CStr;
+
+pub use fetch::{BoxedRequest, Fetched, Scratch, fetch, fetch_bytes};
+pub use name::MAX_NAME;
+pub use parse::parse;
+
+/// Longest target of a symbolic link, in bytes without the zero at its end (`PATH_MAX`, which counts that).
+pub const MAX_TARGET: usize = 4095;
+
+/// Longest value of an extended attribute, and longest list of names of such, in bytes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+pub const MAX_XATTR: u32 = 65536;
+
+/// Most bytes of an ioctl, in each direction. Those that mean something to a file system have a few dozen.
+pub const MAX_IOCTL: u32 = 4096;
+
+/// Bytes of both sides of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// What the guest sends.
+    pub readable: u32,
+    /// What it has room for in an answer.
+    pub writable: u32,
+}
+
+/// A message that is no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Bad {
+    /// There is nobody to answer, or no place for it: no whole header, no room for the header of an answer, or nonsense in one of the two
+    /// messages that have no answer (FORGET and BATCH_FORGET, which need no room either). The chain goes back with 0 bytes.
+    #[error("A message that cannot be answered: no whole header, no room for an answer, or a malformed FORGET")]
+    Unanswerable,
+    /// It is answered with an error.
+    #[error("A message was refused with error {errno}: {why}")]
+    Refused {
+        /// The guest's number for it.
+        unique: u64,
+        /// Linux's number of the error, positive.
+        errno: i32,
+        /// What is wrong, for people.
+        why: &'static str,
+    },
+}
 
 /// A name in a directory: one component, neither empty nor `.` nor `..`, without a slash, at most 255 bytes. There is no other way to
 /// name something below the share, so nothing that a guest says is ever a path.
@@ -13,6 +77,11 @@ use std::ffi::CStr;
 pub struct Name<'a>(&'a CStr);
 
 impl<'a> Name<'a> {
+    /// This text, if it is a name.
+    pub fn new(text: &'a CStr) -> Option<Name<'a>> {
+        name::checked(text).ok()
+    }
+
     /// As the system wants it.
     pub fn as_c_str(&self) -> &'a CStr {
         self.0
@@ -47,56 +116,198 @@ pub struct Request<'a> {
 #[derive(Clone, Copy, Debug)]
 #[expect(missing_docs, reason = "the fields are those of linux/fuse.h")]
 pub enum Operation<'a> {
-    Init { major: u32, minor: u32, max_readahead: u32, flags: u64 },
+    Init {
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        flags: u64,
+    },
     Destroy,
-    Lookup { name: Name<'a> },
+    Lookup {
+        name: Name<'a>,
+    },
     /// Of one inode, so many references.
-    Forget { count: u64 },
+    Forget {
+        count: u64,
+    },
     /// So many pairs of inode and count follow the arguments in the chain, all of them there.
-    BatchForget { count: u32 },
-    GetAttr { handle: Option<u64> },
+    BatchForget {
+        count: u32,
+    },
+    GetAttr {
+        handle: Option<u64>,
+    },
     SetAttr(SetAttr),
-    Statx { handle: Option<u64>, flags: u32, mask: u32 },
+    Statx {
+        handle: Option<u64>,
+        flags: u32,
+        mask: u32,
+    },
     ReadLink,
-    Symlink { name: Name<'a>, target: &'a CStr },
-    MkNod { name: Name<'a>, mode: u32, device: u32, umask: u32 },
-    MkDir { name: Name<'a>, mode: u32, umask: u32 },
-    Unlink { name: Name<'a> },
-    RmDir { name: Name<'a> },
-    /// `flags` as of renameat2, checked: at most one of those that are known.
-    Rename { name: Name<'a>, to: u64, new_name: Name<'a>, flags: u32 },
+    Symlink {
+        name: Name<'a>,
+        target: &'a CStr,
+    },
+    MkNod {
+        name: Name<'a>,
+        mode: u32,
+        device: u32,
+        umask: u32,
+    },
+    MkDir {
+        name: Name<'a>,
+        mode: u32,
+        umask: u32,
+    },
+    Unlink {
+        name: Name<'a>,
+    },
+    RmDir {
+        name: Name<'a>,
+    },
+    /// `flags` as of renameat2, checked: none that are unknown, and an exchange only by itself.
+    Rename {
+        name: Name<'a>,
+        to: u64,
+        new_name: Name<'a>,
+        flags: u32,
+    },
     /// `node` of the request is the directory, `old` what gets another name.
-    Link { old: u64, name: Name<'a> },
-    Open { flags: u32, open_flags: u32 },
-    Create { name: Name<'a>, flags: u32, mode: u32, umask: u32, open_flags: u32 },
-    TmpFile { flags: u32, mode: u32, umask: u32, open_flags: u32 },
-    Read { handle: u64, offset: u64, size: u32, flags: u32 },
+    Link {
+        old: u64,
+        name: Name<'a>,
+    },
+    Open {
+        flags: u32,
+        open_flags: u32,
+    },
+    Create {
+        name: Name<'a>,
+        flags: u32,
+        mode: u32,
+        umask: u32,
+        open_flags: u32,
+    },
+    TmpFile {
+        flags: u32,
+        mode: u32,
+        umask: u32,
+        open_flags: u32,
+    },
+    Read {
+        handle: u64,
+        offset: u64,
+        size: u32,
+        flags: u32,
+    },
     /// The data follows the arguments in the chain, all of it there.
-    Write { handle: u64, offset: u64, size: u32, write_flags: u32, flags: u32 },
+    Write {
+        handle: u64,
+        offset: u64,
+        size: u32,
+        write_flags: u32,
+        flags: u32,
+    },
     StatFs,
-    Release { handle: u64, owner: Option<u64>, flags: u32, release_flags: u32 },
-    Flush { handle: u64, owner: u64 },
-    FSync { handle: u64, data_only: bool },
-    SetXattr { name: &'a CStr, value: &'a [u8], flags: u32, clear_sgid: bool },
-    /// `size` 0: how long it is.
-    GetXattr { name: &'a CStr, size: u32 },
-    ListXattr { size: u32 },
-    RemoveXattr { name: &'a CStr },
-    OpenDir { flags: u32 },
-    ReadDir { handle: u64, offset: u64, size: u32, plus: bool },
-    ReleaseDir { handle: u64 },
-    FSyncDir { handle: u64, data_only: bool },
-    GetLock { handle: u64, owner: u64, lock: Lock },
+    Release {
+        handle: u64,
+        owner: Option<u64>,
+        flags: u32,
+        release_flags: u32,
+    },
+    Flush {
+        handle: u64,
+        owner: u64,
+    },
+    FSync {
+        handle: u64,
+        data_only: bool,
+    },
+    SetXattr {
+        name: &'a CStr,
+        value: &'a [u8],
+        flags: u32,
+        clear_sgid: bool,
+    },
+    /// `size` 0: how long it is. At most [`MAX_XATTR`].
+    GetXattr {
+        name: &'a CStr,
+        size: u32,
+    },
+    /// As above.
+    ListXattr {
+        size: u32,
+    },
+    RemoveXattr {
+        name: &'a CStr,
+    },
+    OpenDir {
+        flags: u32,
+    },
+    ReadDir {
+        handle: u64,
+        offset: u64,
+        size: u32,
+        plus: bool,
+    },
+    ReleaseDir {
+        handle: u64,
+    },
+    FSyncDir {
+        handle: u64,
+        data_only: bool,
+    },
+    GetLock {
+        handle: u64,
+        owner: u64,
+        lock: Lock,
+    },
     /// `wait`: until it can be had or the request is interrupted. `flock`: of the open file, not of the owner.
-    SetLock { handle: u64, owner: u64, lock: Lock, wait: bool, flock: bool },
-    Access { mask: u32 },
+    SetLock {
+        handle: u64,
+        owner: u64,
+        lock: Lock,
+        wait: bool,
+        flock: bool,
+    },
+    Access {
+        mask: u32,
+    },
     /// The request of that number is not wanted any more.
-    Interrupt { unique: u64 },
-    Ioctl { handle: u64, flags: u32, command: u32, argument: u64, input: &'a [u8], output: u32 },
-    FAllocate { handle: u64, offset: u64, length: u64, mode: u32 },
-    LSeek { handle: u64, offset: u64, whence: u32 },
+    Interrupt {
+        unique: u64,
+    },
+    /// `output`: most bytes of the answer's data, at most [`MAX_IOCTL`].
+    Ioctl {
+        handle: u64,
+        flags: u32,
+        command: u32,
+        argument: u64,
+        input: &'a [u8],
+        output: u32,
+    },
+    FAllocate {
+        handle: u64,
+        offset: u64,
+        length: u64,
+        mode: u32,
+    },
+    LSeek {
+        handle: u64,
+        offset: u64,
+        whence: u32,
+    },
     /// `long`: the answer has 64 bits (`FUSE_COPY_FILE_RANGE_64`).
-    CopyFileRange { handle: u64, offset: u64, to: u64, to_handle: u64, to_offset: u64, length: u64, flags: u64, long: bool },
+    CopyFileRange {
+        handle: u64,
+        offset: u64,
+        to: u64,
+        to_handle: u64,
+        to_offset: u64,
+        length: u64,
+        flags: u64,
+        long: bool,
+    },
     SyncFs,
 }
 
@@ -151,3 +362,6 @@ pub enum LockKind {
     Exclusive,
     None,
 }
+
+#[cfg(test)]
+mod tests;

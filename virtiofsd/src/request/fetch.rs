@@ -1,0 +1,131 @@
+//! The one copy of a message.
+
+use std::fmt;
+
+use virtio::Chain;
+
+use super::{Bad, Dialect, MAX_NAME, MAX_TARGET, MAX_XATTR, Request, Room, parse};
+use crate::abi::{opcode, sent};
+
+/// Bytes of a header, as an index.
+const HEADER: usize = 40;
+
+/// Most bytes of arguments in front of a name or a value; those of SETATTR are more, and alone.
+const ARGUMENTS: usize = 88;
+
+/// Bytes of the only extension there is.
+const EXTENSION: usize = 16;
+
+/// Most bytes of any message but the three below: a symbolic link. An ioctl and a renaming have less.
+const USUAL: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_TARGET + 1 + EXTENSION;
+
+/// Most bytes of a message with the value of an attribute.
+const LONGEST: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_XATTR as usize + EXTENSION;
+
+/// Room for the copy of a message, made once per thread. As large as the longest message that is no nonsense, without the data of
+/// writes: 66 KiB.
+pub struct Scratch(Box<[u8]>);
+
+impl Default for Scratch {
+    fn default() -> Scratch {
+        Scratch::new()
+    }
+}
+
+impl fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scratch").finish_non_exhaustive()
+    }
+}
+
+impl Scratch {
+    /// Allocates it.
+    pub fn new() -> Scratch {
+        Scratch(vec![0; LONGEST].into_boxed_slice())
+    }
+}
+
+/// A message as it was copied, unparsed.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetched<'a> {
+    bytes: &'a [u8],
+    room: Room,
+}
+
+impl<'a> Fetched<'a> {
+    /// What was copied: the header, and as much behind it as the message may need, its data excepted.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The bytes of both sides of the chain.
+    pub fn room(&self) -> Room {
+        self.room
+    }
+
+    /// See [`parse`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn parse(&self, dialect: Dialect) -> Result<Request<'a>, Bad> {
+        parse(self.bytes, self.room, dialect)
+    }
+
+    /// A copy that can go to another thread, to be parsed there again.
+    pub fn boxed(&self) -> BoxedRequest {
+        BoxedRequest { bytes: self.bytes.into(), room: self.room }
+    }
+}
+
+/// A message of its own memory, of whatever is slow.
+#[derive(Clone, Debug)]
+pub struct BoxedRequest {
+    bytes: Box<[u8]>,
+    room: Room,
+}
+
+impl BoxedRequest {
+    /// See [`parse`]. The answer is that of [`Fetched::parse`], if the dialect is.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn parse(&self, dialect: Dialect) -> Result<Request<'_>, Bad> {
+        parse(&self.bytes, self.room, dialect)
+    }
+}
+
+/// Copies a message out of its chain, each byte once: the header, which says what it is, then as much as that may need.
+///
+/// # Errors
+/// [`Bad::Unanswerable`], if there is no whole header.
+pub fn fetch_bytes<'a>(chain: &Chain, scratch: &'a mut Scratch) -> Result<Fetched<'a>, Bad> {
+    let (header, rest) = chain.readable().take_array::<HEADER>().ok_or(Bad::Unanswerable)?;
+    let [l0, l1, l2, l3, o0, o1, o2, o3, ..] = header;
+    let len = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
+    let most = most(u32::from_le_bytes([o0, o1, o2, o3]));
+    let wanted = len.min(most).saturating_sub(HEADER);
+    let (front, back) = scratch.0.split_at_mut_checked(HEADER).ok_or(Bad::Unanswerable)?;
+    front.copy_from_slice(&header);
+    let copied = rest.copy_to(back.get_mut(..wanted).unwrap_or_default());
+    let bytes = scratch.0.get(..HEADER.saturating_add(copied)).unwrap_or_default();
+    Ok(Fetched { bytes, room: Room { readable: chain.readable().len(), writable: chain.writable().len() } })
+}
+
+/// Copies a message and parses it.
+///
+/// # Errors
+/// [`Bad`]: whatever is wrong with it.
+pub fn fetch<'a>(chain: &Chain, dialect: Dialect, scratch: &'a mut Scratch) -> Result<Request<'a>, Bad> {
+    fetch_bytes(chain, scratch)?.parse(dialect)
+}
+
+/// Bytes of the longest message of a kind that is no nonsense; of those with data in the chain, what stands in front of that.
+fn most(opcode: u32) -> usize {
+    let before_data = |arguments: u32| HEADER.saturating_add(usize::try_from(arguments).unwrap_or(0));
+    match opcode {
+        opcode::WRITE => before_data(sent::WRITE),
+        opcode::BATCH_FORGET => before_data(sent::BATCH_FORGET),
+        opcode::SETXATTR => LONGEST,
+        _ => USUAL,
+    }
+}
