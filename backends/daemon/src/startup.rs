@@ -69,6 +69,7 @@ fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
 fn describe(policy: &Policy) -> serde_json::Value {
     let condition = |when: &When| match *when {
         When::Is(argument, value) => format!("argument {argument} is {value:#x}"),
+        When::Not(argument, value) => format!("argument {argument} is not {value:#x}"),
         When::HasNone(argument, mask) => format!("argument {argument} has no bit of {mask:#x}"),
     };
     let threads = [("control", policy.control)].into_iter().chain(policy.threads.iter().copied());

@@ -35,7 +35,7 @@ pub use confine::{Limits, confine, enclose};
 pub use error::Error;
 pub use filter::{Filter, Rule, When, allow, allow_if};
 pub use floor::{Floor, Kernel};
-pub use names::name;
+pub use names::{GETXATTRAT, LISTXATTRAT, REMOVEXATTRAT, SETXATTRAT, name};
 pub use spawn::{Child, NetNamespace, Spawn, spawn};
 pub use sys::{SECURE_ERASE, close_all_but, exit, inherited, lock_file, one_heap, plain_faults, secure_erase, signal_fd};
 

@@ -27,6 +27,7 @@ const RULES: &[Rule] = &[
     allow_if(libc::SYS_mprotect, NO_EXECUTABLE, "memory, not code"),
     allow_if(libc::SYS_getpriority, &[When::Is(0, 1)], "one alternative"),
     allow_if(libc::SYS_getpriority, &[When::Is(0, 2)], "another"),
+    allow_if(libc::SYS_unlinkat, &[When::Not(0, libc::AT_FDCWD.cast_unsigned())], "names in a directory that is open"),
 ];
 
 #[test]
@@ -40,6 +41,8 @@ fn the_part() {
         "one" => drop(rustix::process::getpriority_pgrp(None)),
         "another" => drop(rustix::process::getpriority_user(rustix::process::Uid::ROOT)),
         "neither" => drop(rustix::process::getpriority_process(None)),
+        "beneath" => drop(rustix::fs::unlinkat(std::io::stdin(), "nothing", rustix::fs::AtFlags::empty())),
+        "anywhere" => drop(rustix::fs::unlinkat(rustix::fs::CWD, "nothing", rustix::fs::AtFlags::empty())),
         _ => {}
     }
     crate::sys::exit(7);
@@ -52,6 +55,12 @@ fn what_is_named_is_allowed_and_the_rest_ends_the_process() {
     assert_eq!(play("another").code(), Some(7));
     assert_eq!(play("forbidden").signal(), Some(libc::SIGSYS));
     assert_eq!(play("neither").signal(), Some(libc::SIGSYS));
+}
+
+#[test]
+fn an_argument_may_be_any_number_but_one() {
+    assert_eq!(play("beneath").code(), Some(7));
+    assert_eq!(play("anywhere").signal(), Some(libc::SIGSYS));
 }
 
 #[test]
