@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::error::ErrorKind;
 use clap_mangen::Man;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
-use sandbox::{Filter, Policy, When, close_all_but, confine, signal_fd};
+use sandbox::{Filter, Needs, Policy, When, close_all_but, confine, signal_fd};
 use tracing::{debug, info, warn};
 
 use crate::args::{Arguments, LogFormat};
@@ -82,7 +82,13 @@ fn describe(policy: &Policy) -> serde_json::Value {
             serde_json::json!({"thread": thread, "rules": rules.collect::<Vec<_>>()})
         })
         .collect();
-    serde_json::json!({"program": policy.name, "descriptors": policy.limits.descriptors, "threads": threads})
+    let capabilities: Vec<_> = policy.capabilities.iter().map(ToString::to_string).collect();
+    serde_json::json!({
+        "program": policy.name,
+        "descriptors": policy.limits.descriptors,
+        "capabilities": capabilities,
+        "threads": threads,
+    })
 }
 
 /// The manual page, made from the same words as `--help`. `outboard man` asks for it. In the section
@@ -171,6 +177,14 @@ impl<A: Arguments> Startup<A> {
     /// # Errors
     /// When the socket cannot be had, or the process cannot be confined.
     pub fn confine(self) -> Result<Confined> {
+        self.confine_with(&Needs::default())
+    }
+
+    /// The same for a program whose arguments decide what it keeps of what its policy may leave it.
+    ///
+    /// # Errors
+    /// As [`Startup::confine`], and when it needs what cannot be had.
+    pub fn confine_with(self, needs: &Needs<'_>) -> Result<Confined> {
         let policy = self.policy;
         let base = self.args.base();
         let endpoint = self.args.socket().map(|socket| Endpoint::open(socket, base)).transpose()?;
@@ -178,7 +192,7 @@ impl<A: Arguments> Startup<A> {
         let control = Filter::new(policy.control)?;
         // Blocked before there are threads, so that they inherit it.
         let stop = Stop::new()?;
-        let kernel = confine(&policy.limits, base.sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
+        let kernel = confine(policy, needs, base.sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
         debug!(landlock = kernel.landlock, mdwe = kernel.refuses_executable_memory, "confined");
         Ok(Confined { policy, endpoint, ready, control, stop })
     }

@@ -54,6 +54,20 @@ pub enum Error {
     /// A mistake in a program's policy.
     #[error("The policy has no thread {0}")]
     NoSuchThread(String),
+    /// A mistake in a program, as above.
+    #[error("The policy does not leave the process {0}")]
+    NotInPolicy(String),
+    /// More descriptors than may be had.
+    #[error(
+        "Cannot hold {wanted} descriptors, since the hard limit is {hard}; raise it (ulimit -Hn, LimitNOFILE= of a service), or ask \
+         for fewer"
+    )]
+    Descriptors {
+        /// How many were asked for.
+        wanted: u64,
+        /// How many the process may have.
+        hard: u64,
+    },
     /// An argument that cannot be passed on.
     #[error("An argument has a zero byte in it")]
     Argument,

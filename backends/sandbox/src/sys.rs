@@ -267,6 +267,19 @@ pub(crate) fn landlock_version() -> u32 {
     u32::try_from(version).unwrap_or(0)
 }
 
+/// Takes the meaning of set-user-id bits and device files from a tree of mounts that is attached nowhere, and what would pass on
+/// mounts to it and from it; and the right to write, too, if that is asked.
+pub(crate) fn restrict_mounts(root: BorrowedFd<'_>, read_only: bool) -> rustix::io::Result<()> {
+    let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let new = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    let size = size_of::<libc::mount_attr>();
+    // SAFETY: the descriptor is open as it is borrowed, the path is an empty string with its zero, and the structure is initialised
+    // and outlives the call.
+    let done = unsafe { libc::syscall(libc::SYS_mount_setattr, root.as_raw_fd(), c"".as_ptr(), flags, &raw const new, size) };
+    if done < 0 { Err(last_error()) } else { Ok(()) }
+}
+
 /// Whether the kernel knows `PR_SET_MDWE`.
 pub(crate) fn has_mdwe() -> bool {
     // SAFETY: takes numbers, returns one.

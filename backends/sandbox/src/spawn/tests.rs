@@ -6,7 +6,7 @@ use std::io::Read;
 use super::*;
 
 /// Runs a script in a worker's place and gives what it wrote.
-fn ask(script: &str, fds: Vec<(BorrowedFd<'_>, RawFd)>, net: Option<&NetNamespace>) -> String {
+pub(crate) fn ask(script: &str, fds: Vec<(BorrowedFd<'_>, RawFd)>, net: Option<&NetNamespace>) -> String {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
     let args = vec!["-c".into(), script.into()];
     let stdout = Some(writer.as_fd());
