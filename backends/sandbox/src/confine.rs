@@ -3,18 +3,18 @@
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, chdir, getrlimit, pivot_root, set_dumpable_behavior, setrlimit};
-use rustix::thread::set_no_new_privs;
+use rustix::thread::{set_no_new_privs, set_thread_groups};
 
 use crate::capabilities::{Capability, keep_only};
 use crate::reach::{Reach, enter_landlock};
-use crate::{Error, Floor, Kernel, Policy, Result, sys};
+use crate::{Error, Floor, IdentityKind, Kernel, Policy, Result, sys};
 
 /// What a process may use up.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Descriptors it may hold: what it was measured to need, and 64 for those that come with messages.
     pub descriptors: u64,
-    /// Threads its user may have in its namespace.
+    /// Threads its user may have in its namespace. Without one of its own ([`crate::Identity::Host`]) there is no such limit.
     pub threads: u64,
 }
 
@@ -29,18 +29,27 @@ pub struct Needs<'a> {
     pub descriptors: Option<u64>,
 }
 
-/// Gives up everything that is not open, mapped or running. The process is in the namespaces [`crate::spawn`] made, and has one
-/// thread. Afterwards only a [`crate::Filter`] for each thread is missing.
+/// Gives up everything that is not open, mapped or running. The process is in the namespaces [`crate::spawn`] made for `identity`, and
+/// has one thread. Afterwards only a [`crate::Filter`] for each thread is missing.
 ///
 /// # Errors
 /// When the kernel is below `floor`, the policy has less than the needs, or a step fails. The process must end then.
-pub fn confine(policy: &Policy, needs: &Needs<'_>, floor: Floor) -> Result<Kernel> {
+pub fn confine(policy: &Policy, needs: &Needs<'_>, identity: IdentityKind, floor: Floor) -> Result<Kernel> {
     let kernel = Kernel::running();
     kernel.require(floor)?;
     let kept = policy.kept(needs)?;
-    forbid_user_namespaces()?;
+    let on_host = identity == IdentityKind::Host;
+    if on_host {
+        // With a user namespace they were left behind when the process was started.
+        set_thread_groups(&[]).map_err(Error::step("leave all groups"))?;
+    } else {
+        forbid_user_namespaces()?;
+    }
     empty_root()?;
     limit(&policy.limits, needs.descriptors)?;
+    if !on_host {
+        set_limit(Resource::Nproc, policy.limits.threads)?;
+    }
     keep_only(kept)?;
     shut(&kernel, needs.reach)?;
     Ok(kernel)
@@ -64,7 +73,7 @@ impl Policy {
 /// When the kernel has no Landlock, or a step fails. The process must end then.
 pub fn enclose() -> Result<Kernel> {
     let kernel = Kernel::running();
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(Error::step("set a limit"))?;
+    set_limit(Resource::Core, 0)?;
     shut(&kernel, &[])?;
     Ok(kernel)
 }
@@ -79,7 +88,8 @@ fn shut(kernel: &Kernel, shares: &[Reach<'_>]) -> Result<()> {
     enter_landlock(kernel.landlock, shares)
 }
 
-/// A new user namespace would bring all capabilities back, dropped or not. The limit is per namespace and is inherited.
+/// A new user namespace would bring all capabilities back, dropped or not. The limit is per namespace and is inherited. That of the
+/// host's own namespace is for the host to say.
 fn forbid_user_namespaces() -> Result<()> {
     let step = || Error::step("forbid further user namespaces");
     let limit = open(c"/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).map_err(step())?;
@@ -100,15 +110,15 @@ fn empty_root() -> Result<()> {
 }
 
 fn limit(limits: &Limits, descriptors: Option<u64>) -> Result<()> {
-    let set = |resource, value| {
-        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) }).map_err(Error::step("set a limit"))
-    };
     // Neither the address space nor the file size can be limited: guest memory counts for both.
     let wanted = descriptors.map_or(limits.descriptors, |asked| asked.max(limits.descriptors));
     limit_descriptors(wanted)?;
-    set(Resource::Nproc, limits.threads)?;
-    set(Resource::Core, 0)?;
-    set(Resource::Memlock, 0)
+    set_limit(Resource::Core, 0)?;
+    set_limit(Resource::Memlock, 0)
+}
+
+fn set_limit(resource: Resource, value: u64) -> Result<()> {
+    setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) }).map_err(Error::step("set a limit"))
 }
 
 /// Raising the hard limit is for the host's root alone, and even for it there is an end (`fs.nr_open`).

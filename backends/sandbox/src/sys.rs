@@ -28,8 +28,8 @@ impl Clone {
     pub(crate) const NEW_NET: Clone = Clone(0x4000_0000);
     /// The new process becomes a child of our parent.
     pub(crate) const SIBLING: Clone = Clone(0x8000);
-    /// User, mount, UTS, IPC and PID namespaces.
-    pub(crate) const WORKER: Clone = Clone(0x1000_0000 | 0x2_0000 | 0x400_0000 | 0x800_0000 | 0x2000_0000);
+    /// Mount, UTS, IPC and PID namespaces.
+    pub(crate) const WORKER: Clone = Clone(0x2_0000 | 0x400_0000 | 0x800_0000 | 0x2000_0000);
 
     pub(crate) const fn empty() -> Clone {
         Clone(0)

@@ -4,18 +4,21 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, RenameFlags, ResolveFlags, linkat, mkdirat, openat2, renameat_with, unlinkat};
 use rustix::io::Errno;
+use rustix::process::{Uid, geteuid};
+use rustix::thread::set_thread_res_uid;
 
 use super::*;
-use crate::spawn::tests::ask;
-use crate::{Access, Detach, detach, lower, raise};
+use crate::spawn::tests::{ask_as, several};
+use crate::{Access, Detach, Identity, detach, lower, raise};
 
 const PART: &str = "OUTBOARD_CONFINE_TEST";
 const PLACE: &str = "OUTBOARD_CONFINE_PLACE";
+const KIND: &str = "OUTBOARD_CONFINE_KIND";
 
 const POLICY: Policy = Policy {
     name: "test",
@@ -44,19 +47,25 @@ impl Drop for Scratch {
 
 /// Plays a part in a worker's place, and gives the lines it has said.
 fn play(part: &str, place: &Path) -> Vec<String> {
+    play_as(Identity::Own, part, place)
+}
+
+fn play_as(identity: Identity, part: &str, place: &Path) -> Vec<String> {
     let me = std::env::current_exe().unwrap();
     let script = format!(
-        "{PART}={part} {PLACE}={} exec {} --exact confine::tests::the_part --nocapture --test-threads=1",
+        "{PART}={part} {PLACE}={} {KIND}={} exec {} --exact confine::tests::the_part --nocapture --test-threads=1",
         place.display(),
+        identity.kind(),
         me.display()
     );
-    let said = ask(&script, vec![], None);
+    let said = ask_as(identity, &script, vec![], None);
     said.lines().filter_map(|line| line.strip_prefix("- ")).map(str::to_owned).collect()
 }
 
 /// The least of what the running kernel has: what is tested here does not depend on more.
 fn confined(needs: &Needs<'_>) -> Result<Kernel> {
-    confine(&POLICY, needs, Kernel::running().floor().unwrap())
+    let kind = std::env::var(KIND).unwrap().parse().unwrap();
+    confine(&POLICY, needs, kind, Kernel::running().floor().unwrap())
 }
 
 #[test]
@@ -71,6 +80,7 @@ fn the_part() {
         "file" => one_file(&place),
         "submounts" => submounts(&place),
         "locked" => locked(),
+        "served" => served(&place),
         "capabilities" => capabilities(),
         "descriptors" => descriptors(),
         _ => {}
@@ -211,32 +221,115 @@ fn mounts_beneath_a_share_come_along_if_that_is_asked() {
 fn locked() {
     let taken = detach(CWD, Path::new("/"), Detach { read_only: true, submounts: false }).unwrap();
     println!("- came along: {}", taken.submounts);
-    let across = openat2(&taken.root, "proc/self", OFlags::PATH, Mode::empty(), ResolveFlags::NO_XDEV);
+    let across = openat2(&taken.root, "proc/self/status", OFlags::PATH, Mode::empty(), ResolveFlags::NO_XDEV);
     tell("across", across);
 }
 
 #[test]
 fn mounts_that_the_host_made_come_along_in_any_case_and_can_be_told() {
     assert_eq!(play("locked", Path::new("/")), ["came along: true", "across: EXDEV"]);
+    if geteuid().is_root() {
+        let without = play_as(Identity::Host, "locked", Path::new("/"));
+        assert_eq!(without, ["came along: false", "across: ENOENT"], "who is not in a user namespace may look beneath mounts");
+    }
+}
+
+/// Serves files in the name of user 5, and then of nobody in particular.
+fn served(place: &Path) {
+    let status = || File::open("/proc/thread-self/status").unwrap();
+    let (before, after) = (status(), status());
+    let limit = open(c"/proc/sys/user/max_user_namespaces", OFlags::RDONLY, Mode::empty()).unwrap();
+    let taken = detach(CWD, &place.join("share"), Detach::default()).unwrap();
+    let reach = [Reach { root: taken.root.as_fd(), access: Access::ReadWrite }];
+    confined(&Needs { reach: &reach, ..Needs::default() }).unwrap();
+    show(before, &["NoNewPrivs", "Groups", "CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb"]);
+    let five = Some(Uid::from_raw(5));
+    tell("become 5", set_thread_res_uid(None, five, None));
+    tell("create", open_beneath(&taken.root, "five", OFlags::RDWR | OFlags::CREATE));
+    show(after, &["CapPrm", "CapEff"]);
+    tell("become root again", set_thread_res_uid(None, Some(Uid::ROOT), None));
+    tell("chown", rustix::fs::chownat(&taken.root, "five", Some(Uid::from_raw(6)), None, AtFlags::empty()));
+    tell("what was not kept", rustix::process::chroot("/"));
+    let mut text = String::new();
+    File::from(limit).read_to_string(&mut text).unwrap();
+    println!("- user namespaces: {}", text.trim());
+}
+
+const SERVED: [&str; 7] = [
+    "NoNewPrivs: 1",
+    "Groups:",
+    "CapPrm: 0000000000000081",
+    "CapEff: 0000000000000081",
+    "CapBnd: 0000000000000000",
+    "CapInh: 0000000000000000",
+    "CapAmb: 0000000000000000",
+];
+
+/// A change of the effective user alone changes no capability: that is locked.
+const ACTED: [&str; 7] = [
+    "become 5: done",
+    "create: done",
+    "CapPrm: 0000000000000081",
+    "CapEff: 0000000000000081",
+    "become root again: done",
+    "chown: done",
+    "what was not kept: EPERM",
+];
+
+/// What a server in the place of others says, and whose the file is that it has made.
+fn serve_as(identity: Identity, name: &str) -> (Vec<String>, u32) {
+    let scratch = place(name);
+    fs::set_permissions(scratch.0.join("share"), fs::Permissions::from_mode(0o777)).unwrap();
+    let said = play_as(identity, "served", &scratch.0);
+    (said, fs::metadata(scratch.0.join("share/five")).unwrap().uid())
+}
+
+#[test]
+fn a_process_on_the_host_keeps_what_it_names_and_changes_nothing_of_the_host() {
+    if !geteuid().is_root() {
+        println!("For root only.");
+        return;
+    }
+    let limit = || fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap();
+    let before = limit();
+    let (said, owner) = serve_as(Identity::Host, "host");
+    assert_eq!(said[..7], SERVED);
+    assert_eq!(said[7..14], ACTED);
+    assert_eq!(said[14], format!("user namespaces: {}", before.trim()));
+    assert_eq!((owner, limit()), (6, before));
+}
+
+#[test]
+fn a_process_with_a_map_serves_in_the_name_of_whom_the_map_has() {
+    let Some((identity, first, _)) = several() else { return };
+    let (said, owner) = serve_as(identity, "mapped");
+    assert_eq!(said[..7], SERVED);
+    assert_eq!(said[7..14], ACTED);
+    assert_eq!(said[14], "user namespaces: 0");
+    assert_eq!(owner, first + 5);
+}
+
+/// These lines of what the kernel says of a thread, as they are now.
+fn show(mut status: File, names: &[&str]) {
+    let mut text = String::new();
+    status.read_to_string(&mut text).unwrap();
+    for name in names {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        println!("- {}", line.replace('\t', " ").trim());
+    }
 }
 
 fn capabilities() {
     // Opened while there is a /proc; its words are those of the moment it is read.
     let status = || File::open("/proc/thread-self/status").unwrap();
-    let show = |mut status: File| {
-        let mut text = String::new();
-        status.read_to_string(&mut text).unwrap();
-        for line in text.lines().filter(|line| line.starts_with("Cap")) {
-            println!("- {}", line.replace('\t', " "));
-        }
-    };
+    let sets = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
     let (first, second, third) = (status(), status(), status());
     confined(&Needs { keep: Some(&[Capability::CAP_CHOWN]), ..Needs::default() }).unwrap();
-    show(first);
+    show(first, &sets);
     lower(&[Capability::CAP_CHOWN]).unwrap();
-    show(second);
+    show(second, &sets);
     raise(&[Capability::CAP_CHOWN]).unwrap();
-    show(third);
+    show(third, &sets);
     println!("- {}", raise(&[Capability::CAP_SETUID]).unwrap_err());
 }
 
