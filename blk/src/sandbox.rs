@@ -61,6 +61,7 @@ pub const POLICY: Policy = Policy {
         descriptors: 32 + PER_QUEUE * MAX_QUEUES as u64 + 64,
         threads: MAX_QUEUES as u64 * (1 + 2 * WORKERS as u64) + THREADS as u64 + 3,
     },
+    capabilities: &[],
     control: &[RUNTIME, PROTOCOL, TABLES],
     threads: &[
         (THREAD, &[RUNTIME, RINGS, TABLES, QUEUE]),

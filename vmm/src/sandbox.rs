@@ -111,6 +111,7 @@ const CONTROL: &[Rule] = &[
 pub const POLICY: Policy = Policy {
     name: "outboard-vmm",
     limits: Limits { descriptors: DESCRIPTORS, threads: THREADS },
+    capabilities: &[],
     control: &[RUNTIME, REGISTERS, CONTROL],
     threads: &[(PROCESSOR, &[REGISTERS, CPU])],
 };

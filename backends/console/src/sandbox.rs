@@ -34,6 +34,7 @@ const RESTORE: &[Rule] = &[
 pub const POLICY: Policy = Policy {
     name: "outboard-console",
     limits: Limits { descriptors: DESCRIPTORS, threads: 4 },
+    capabilities: &[],
     control: &[RUNTIME, PROTOCOL, RESTORE],
     threads: &[(THREAD, &[RUNTIME, RINGS, PORT])],
 };

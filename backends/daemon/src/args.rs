@@ -3,8 +3,9 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::{Args, ValueEnum};
-use sandbox::Floor;
+use sandbox::{Floor, Identity, IdentityKind};
 use tracing::Level;
 
 /// How much is written to the log.
@@ -63,6 +64,9 @@ pub struct Base {
     /// The process is in its namespaces already
     #[arg(long, hide = true)]
     pub namespaced: bool,
+    /// Which users it has there, if it is not its starter alone
+    #[arg(long, hide = true, value_name = "KIND", requires = "namespaced", default_value_t)]
+    pub identity: IdentityKind,
     /// The socket of --socket-path, which the waiting parent has bound
     #[arg(long, hide = true, value_name = "FD", requires = "namespaced", value_parser = clap::value_parser!(i32).range(3..))]
     pub listener_fd: Option<RawFd>,
@@ -114,5 +118,14 @@ pub trait Arguments: clap::Parser {
     /// Descriptors that arguments name, besides the socket's.
     fn inherited(&self) -> Vec<RawFd> {
         Vec::new()
+    }
+
+    /// Which users the program is and can be, where it is started by hand. Asked before it is in its namespaces; there,
+    /// [`crate::Startup::identity`] says what it was given, which for a process of the composer's is always its own.
+    ///
+    /// # Errors
+    /// What is wrong with the arguments.
+    fn identity(&self) -> Result<Identity> {
+        Ok(Identity::Own)
     }
 }

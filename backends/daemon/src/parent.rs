@@ -19,7 +19,7 @@ use caps::CapSet;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, set_dumpable_behavior, waitid};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
-use sandbox::{Filter, Rule, Spawn, When, allow, allow_if, signal_fd, spawn};
+use sandbox::{Filter, Identity, IdentityKind, Rule, Spawn, When, allow, allow_if, signal_fd, spawn};
 
 use crate::endpoint::Name;
 
@@ -57,7 +57,7 @@ const RULES: &[Rule] = &[
 ];
 
 /// Runs this program again in its own namespaces, with the descriptors in `keep`, and gives its exit status.
-pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
+pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>, identity: Identity) -> Result<u8> {
     let program = env::current_exe().context("Cannot find this program's own file")?;
     let inherited: Vec<_> = keep.iter().filter_map(|fd| Some((sandbox::inherited(*fd)?, *fd))).collect();
     let signals = signal_fd(&FORWARDED).context("Cannot block signals")?;
@@ -68,6 +68,9 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
     let mut args: Vec<_> = env::args_os().skip(1).collect();
     let mut fds: Vec<_> = inherited.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect();
     let ready = door.iter().map(|door| ("--ready-fd", door.ready.as_fd()));
+    if identity.kind() != IdentityKind::Own {
+        args.extend(["--identity".into(), identity.kind().to_string().into()]);
+    }
     for (flag, fd) in listener.iter().map(|listener| ("--listener-fd", listener.as_fd())).chain(ready) {
         let number = (3..).find(|free| fds.iter().all(|(_, number)| number != free)).unwrap_or(3);
         args.extend([flag.into(), number.to_string().into()]);
@@ -81,6 +84,7 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>) -> Result<u8> {
         stdout: Some(stdout.as_fd()),
         stderr: Some(stderr.as_fd()),
         net: None,
+        identity,
     })?;
     // The child has them; a copy here would keep a connection open after its death.
     drop((inherited, listener));

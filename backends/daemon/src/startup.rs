@@ -10,7 +10,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::error::ErrorKind;
 use clap_mangen::Man;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
-use sandbox::{Filter, Policy, When, close_all_but, confine, signal_fd};
+use rustix::process::geteuid;
+use sandbox::{Filter, IdentityKind, Needs, Policy, When, close_all_but, confine, signal_fd};
 use tracing::{debug, info, warn};
 
 use crate::args::{Arguments, LogFormat};
@@ -69,6 +70,7 @@ fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
 fn describe(policy: &Policy) -> serde_json::Value {
     let condition = |when: &When| match *when {
         When::Is(argument, value) => format!("argument {argument} is {value:#x}"),
+        When::Not(argument, value) => format!("argument {argument} is not {value:#x}"),
         When::HasNone(argument, mask) => format!("argument {argument} has no bit of {mask:#x}"),
     };
     let threads = [("control", policy.control)].into_iter().chain(policy.threads.iter().copied());
@@ -81,7 +83,13 @@ fn describe(policy: &Policy) -> serde_json::Value {
             serde_json::json!({"thread": thread, "rules": rules.collect::<Vec<_>>()})
         })
         .collect();
-    serde_json::json!({"program": policy.name, "descriptors": policy.limits.descriptors, "threads": threads})
+    let capabilities: Vec<_> = policy.capabilities.iter().map(ToString::to_string).collect();
+    serde_json::json!({
+        "program": policy.name,
+        "descriptors": policy.limits.descriptors,
+        "capabilities": capabilities,
+        "threads": threads,
+    })
 }
 
 /// The manual page, made from the same words as `--help`. `outboard man` asks for it. In the section
@@ -96,9 +104,9 @@ fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startu
     inherited.extend([args.base().metrics_fd, args.base().listener_fd, args.base().ready_fd].into_iter().flatten());
     if !args.base().namespaced {
         let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
-        return parent::run(&inherited, socket);
+        return parent::run(&inherited, socket, args.identity()?);
     }
-    must_be_namespaced()?;
+    must_be_namespaced(args.base().identity)?;
     die_of_panics();
     sandbox::plain_faults();
     sandbox::one_heap();
@@ -117,10 +125,14 @@ fn die_of_panics() {
 }
 
 /// The flag is believed only where it is true: the next steps would take the host's own file systems apart.
-fn must_be_namespaced() -> Result<()> {
+fn must_be_namespaced(identity: IdentityKind) -> Result<()> {
     let map = fs::read_to_string("/proc/self/uid_map").context("Cannot read this process's user map")?;
-    let one_user = map.split_whitespace().nth(2) == Some("1") && map.lines().count() == 1;
-    if process::id() != 1 || !one_user {
+    let as_said = match identity {
+        IdentityKind::Own => map.split_whitespace().nth(2) == Some("1") && map.lines().count() == 1,
+        IdentityKind::Ranges => !map.split_whitespace().eq(["0", "0", "4294967295"]),
+        IdentityKind::Host => geteuid().is_root(),
+    };
+    if process::id() != 1 || !as_said {
         bail!("--namespaced is for processes that outboard starts; leave it out");
     }
     Ok(())
@@ -149,6 +161,11 @@ impl<A: Arguments> Startup<A> {
         &self.args
     }
 
+    /// Which users the process has: what [`Arguments::identity`] said, or only its starter's own.
+    pub fn identity(&self) -> IdentityKind {
+        self.args.base().identity
+    }
+
     /// Takes a descriptor over that an argument named. Each can be taken once.
     ///
     /// # Errors
@@ -170,6 +187,14 @@ impl<A: Arguments> Startup<A> {
     /// # Errors
     /// When the socket cannot be had, or the process cannot be confined.
     pub fn confine(self) -> Result<Confined> {
+        self.confine_with(&Needs::default())
+    }
+
+    /// The same for a program whose arguments decide what it keeps of what its policy may leave it.
+    ///
+    /// # Errors
+    /// As [`Startup::confine`], and when it needs what cannot be had.
+    pub fn confine_with(self, needs: &Needs<'_>) -> Result<Confined> {
         let policy = self.policy;
         let base = self.args.base();
         let endpoint = self.args.socket().map(|socket| Endpoint::open(socket, base)).transpose()?;
@@ -177,7 +202,8 @@ impl<A: Arguments> Startup<A> {
         let control = Filter::new(policy.control)?;
         // Blocked before there are threads, so that they inherit it.
         let stop = Stop::new()?;
-        let kernel = confine(&policy.limits, base.sandbox_floor).with_context(|| format!("Cannot confine {}", policy.name))?;
+        let kernel = confine(policy, needs, base.identity, base.sandbox_floor)
+            .with_context(|| format!("Cannot confine {}", policy.name))?;
         debug!(landlock = kernel.landlock, mdwe = kernel.refuses_executable_memory, "confined");
         Ok(Confined { policy, endpoint, ready, control, stop })
     }

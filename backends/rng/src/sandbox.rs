@@ -16,6 +16,7 @@ const QUEUE: &[Rule] = &[allow(libc::SYS_getrandom, "the random numbers")];
 pub const POLICY: Policy = Policy {
     name: "outboard-rng",
     limits: Limits { descriptors: DESCRIPTORS, threads: 4 },
+    capabilities: &[],
     control: &[RUNTIME, PROTOCOL],
     threads: &[(THREAD, &[RUNTIME, RINGS, QUEUE])],
 };

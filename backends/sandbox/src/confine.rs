@@ -1,37 +1,68 @@
 //! The sequence by which a process that has opened what it needs gives up everything else.
 
-use caps::CapSet;
-use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
-use rustix::process::{DumpableBehavior, Resource, Rlimit, chdir, pivot_root, set_dumpable_behavior, setrlimit};
-use rustix::thread::{CapabilitiesSecureBits, set_capabilities_secure_bits, set_no_new_privs};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, chdir, getrlimit, pivot_root, set_dumpable_behavior, setrlimit};
+use rustix::thread::{set_no_new_privs, set_thread_groups};
 
-use crate::{Error, Floor, Kernel, Result, sys};
+use crate::capabilities::{Capability, keep_only};
+use crate::reach::{Reach, enter_landlock};
+use crate::{Error, Floor, IdentityKind, Kernel, Policy, Result, sys};
 
 /// What a process may use up.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Descriptors it may hold: what it was measured to need, and 64 for those that come with messages.
     pub descriptors: u64,
-    /// Threads its user may have in its namespace.
+    /// Threads its user may have in its namespace. Without one of its own ([`crate::Identity::Host`]) there is no such limit.
     pub threads: u64,
 }
 
-/// Gives up everything that is not open, mapped or running. The process is in the namespaces [`crate::spawn`] made, and has one
-/// thread. Afterwards only a [`crate::Filter`] for each thread is missing.
+/// What one run of a program needs of what its policy leaves it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Needs<'a> {
+    /// What it can name by paths. Nothing but this.
+    pub reach: &'a [Reach<'a>],
+    /// Which of the policy's capabilities it keeps; all of them if that is not said.
+    pub keep: Option<&'a [Capability]>,
+    /// Descriptors it may hold, where its arguments ask for more than the policy's number.
+    pub descriptors: Option<u64>,
+}
+
+/// Gives up everything that is not open, mapped or running. The process is in the namespaces [`crate::spawn`] made for `identity`, and
+/// has one thread. Afterwards only a [`crate::Filter`] for each thread is missing.
 ///
 /// # Errors
-/// When the kernel is below `floor`, or a step fails. The process must end then.
-pub fn confine(limits: &Limits, floor: Floor) -> Result<Kernel> {
+/// When the kernel is below `floor`, the policy has less than the needs, or a step fails. The process must end then.
+pub fn confine(policy: &Policy, needs: &Needs<'_>, identity: IdentityKind, floor: Floor) -> Result<Kernel> {
     let kernel = Kernel::running();
     kernel.require(floor)?;
-    forbid_user_namespaces()?;
+    let kept = policy.kept(needs)?;
+    let on_host = identity == IdentityKind::Host;
+    if on_host {
+        // With a user namespace they were left behind when the process was started.
+        set_thread_groups(&[]).map_err(Error::step("leave all groups"))?;
+    } else {
+        forbid_user_namespaces()?;
+    }
     empty_root()?;
-    limit(limits)?;
-    drop_capabilities()?;
-    shut(&kernel)?;
+    limit(&policy.limits, needs.descriptors)?;
+    if !on_host {
+        set_limit(Resource::Nproc, policy.limits.threads)?;
+    }
+    keep_only(kept)?;
+    shut(&kernel, needs.reach)?;
     Ok(kernel)
+}
+
+impl Policy {
+    fn kept<'a>(&self, needs: &Needs<'a>) -> Result<&'a [Capability]> {
+        let kept = needs.keep.unwrap_or(self.capabilities);
+        match kept.iter().find(|one| !self.capabilities.contains(one)) {
+            Some(one) => Err(Error::NotInPolicy(one.to_string())),
+            None => Ok(kept),
+        }
+    }
 }
 
 /// The same for a process of a person's own that has opened one thing, is about to read what somebody else wrote in it, and ends
@@ -42,22 +73,23 @@ pub fn confine(limits: &Limits, floor: Floor) -> Result<Kernel> {
 /// When the kernel has no Landlock, or a step fails. The process must end then.
 pub fn enclose() -> Result<Kernel> {
     let kernel = Kernel::running();
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(Error::step("set a limit"))?;
-    shut(&kernel)?;
+    set_limit(Resource::Core, 0)?;
+    shut(&kernel, &[])?;
     Ok(kernel)
 }
 
 /// What can be given up anywhere, with Landlock at last.
-fn shut(kernel: &Kernel) -> Result<()> {
+fn shut(kernel: &Kernel, shares: &[Reach<'_>]) -> Result<()> {
     set_no_new_privs(true).map_err(Error::step("give up new privileges"))?;
     if kernel.refuses_executable_memory {
         sys::refuse_executable_memory().map_err(Error::step("refuse executable memory"))?;
     }
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(Error::step("refuse to be traced"))?;
-    enter_landlock(kernel.landlock)
+    enter_landlock(kernel.landlock, shares)
 }
 
-/// A new user namespace would bring all capabilities back, dropped or not. The limit is per namespace and is inherited.
+/// A new user namespace would bring all capabilities back, dropped or not. The limit is per namespace and is inherited. That of the
+/// host's own namespace is for the host to say.
 fn forbid_user_namespaces() -> Result<()> {
     let step = || Error::step("forbid further user namespaces");
     let limit = open(c"/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).map_err(step())?;
@@ -77,53 +109,26 @@ fn empty_root() -> Result<()> {
     chdir(c"/").map_err(Error::step("enter the empty root"))
 }
 
-fn limit(limits: &Limits) -> Result<()> {
-    let set = |resource, value| {
-        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) }).map_err(Error::step("set a limit"))
-    };
+fn limit(limits: &Limits, descriptors: Option<u64>) -> Result<()> {
     // Neither the address space nor the file size can be limited: guest memory counts for both.
-    set(Resource::Nofile, limits.descriptors)?;
-    set(Resource::Nproc, limits.threads)?;
-    set(Resource::Core, 0)?;
-    set(Resource::Memlock, 0)
+    let wanted = descriptors.map_or(limits.descriptors, |asked| asked.max(limits.descriptors));
+    limit_descriptors(wanted)?;
+    set_limit(Resource::Core, 0)?;
+    set_limit(Resource::Memlock, 0)
 }
 
-/// Also makes sure that being user 0 means nothing: not here, and not after any change of identity.
-fn drop_capabilities() -> Result<()> {
-    let bits = CapabilitiesSecureBits::NO_ROOT
-        | CapabilitiesSecureBits::NO_ROOT_LOCKED
-        | CapabilitiesSecureBits::NO_SETUID_FIXUP
-        | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
-        | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
-    set_capabilities_secure_bits(bits).map_err(Error::step("lock the meaning of user 0"))?;
-    for set in [CapSet::Ambient, CapSet::Bounding, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
-        caps::clear(None, set).map_err(Error::Capabilities)?;
-    }
-    Ok(())
+fn set_limit(resource: Resource, value: u64) -> Result<()> {
+    setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) }).map_err(Error::step("set a limit"))
 }
 
-/// All rights that this kernel knows are handled, and none is given.
-fn enter_landlock(version: u32) -> Result<()> {
-    let abi = abi(version);
-    let mut ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
-    ruleset = ruleset.handle_access(AccessFs::from_all(abi)).map_err(Error::Landlock)?;
-    if abi >= ABI::V4 {
-        ruleset = ruleset.handle_access(AccessNet::from_all(abi)).map_err(Error::Landlock)?;
-    }
-    if abi >= ABI::V6 {
-        ruleset = ruleset.scope(Scope::from_all(abi)).map_err(Error::Landlock)?;
-    }
-    let status = ruleset.create().and_then(|created| created.restrict_self()).map_err(Error::Landlock)?;
-    match status.ruleset {
-        RulesetStatus::FullyEnforced => Ok(()),
-        _ => Err(Error::TooOld(format!("all of Landlock version {version}"))),
+/// Raising the hard limit is for the host's root alone, and even for it there is an end (`fs.nr_open`).
+fn limit_descriptors(wanted: u64) -> Result<()> {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    match setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: Some(wanted) }) {
+        Err(rustix::io::Errno::PERM) => Err(Error::Descriptors { wanted, hard: hard.unwrap_or(u64::MAX) }),
+        other => other.map_err(Error::step("set a limit")),
     }
 }
 
-fn abi(version: u32) -> ABI {
-    const KNOWN: [ABI; 9] = [ABI::V1, ABI::V2, ABI::V3, ABI::V4, ABI::V5, ABI::V6, ABI::V7, ABI::V8, ABI::V9];
-    let index = usize::try_from(version).unwrap_or(usize::MAX).clamp(1, KNOWN.len());
-    KNOWN.get(index - 1).copied().unwrap_or(ABI::V9)
-}
+#[cfg(test)]
+mod tests;

@@ -54,6 +54,50 @@ pub enum Error {
     /// A mistake in a program's policy.
     #[error("The policy has no thread {0}")]
     NoSuchThread(String),
+    /// A mistake in a program, as above.
+    #[error("The policy does not leave the process {0}")]
+    NotInPolicy(String),
+    /// More descriptors than may be had.
+    #[error(
+        "Cannot hold {wanted} descriptors, since the hard limit is {hard}; raise it (ulimit -Hn, LimitNOFILE= of a service), or ask \
+         for fewer"
+    )]
+    Descriptors {
+        /// How many were asked for.
+        wanted: u64,
+        /// How many the process may have.
+        hard: u64,
+    },
+    /// The program that maps users for those who are not root is missing.
+    #[error(
+        "Several users and groups are mapped with {helper}, which is not in PATH; install it (package uidmap of Debian), and let \
+         {grants} grant you the range"
+    )]
+    NoMapHelper {
+        /// Its name.
+        helper: &'static str,
+        /// Where it looks what may be mapped.
+        grants: &'static str,
+    },
+    /// It is there, and refused.
+    #[error("{helper} refuses the map ({said}); let {grants} grant you the range")]
+    MapRefused {
+        /// Its name.
+        helper: &'static str,
+        /// Where it looks what may be mapped.
+        grants: &'static str,
+        /// Its reason.
+        said: String,
+    },
+    /// Ranges without a user or group to start as.
+    #[error("The maps of users and groups do not say who 0 is, as which the program starts; map it, too")]
+    NobodyIsZero,
+    /// The host's users are asked for by somebody else.
+    #[error("Only root can start a program that is to have the host's own users; start it as root, or map a range of users")]
+    NotRoot,
+    /// A mistake in a program: a network is joined by way of the user namespace that owns it.
+    #[error("Only a program that is its caller's own user can join a machine's network")]
+    NetOfOthers,
     /// An argument that cannot be passed on.
     #[error("An argument has a zero byte in it")]
     Argument,

@@ -14,6 +14,8 @@ use crate::{Error, Result};
 pub enum When {
     /// Argument `n` is this 32-bit number.
     Is(u8, u32),
+    /// Argument `n` is any other 32-bit number than this one.
+    Not(u8, u32),
     /// Of the bits in the mask, argument `n` has none. For flags that must not be set.
     HasNone(u8, u64),
 }
@@ -90,6 +92,7 @@ impl Filter {
 fn condition(when: &When) -> std::result::Result<SeccompCondition, seccompiler::BackendError> {
     match *when {
         When::Is(arg, value) => SeccompCondition::new(arg, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value.into()),
+        When::Not(arg, value) => SeccompCondition::new(arg, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value.into()),
         When::HasNone(arg, mask) => SeccompCondition::new(arg, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(mask), 0),
     }
 }

@@ -22,20 +22,28 @@
 //! What a kernel lacks is an error that says so ([`Floor`]), never a layer that is silently left out; a person may ask for a
 //! lower floor by name, and there is no floor called "none".
 
+mod capabilities;
 mod confine;
 mod error;
 mod filter;
 mod floor;
+mod identity;
 mod names;
+mod reach;
+mod share;
 mod spawn;
 #[expect(unsafe_code, reason = "clone3, execve and the few calls that no safe wrapper offers")]
 mod sys;
 
-pub use confine::{Limits, confine, enclose};
+pub use capabilities::{Capability, lower, raise};
+pub use confine::{Limits, Needs, confine, enclose};
 pub use error::Error;
 pub use filter::{Filter, Rule, When, allow, allow_if};
 pub use floor::{Floor, Kernel};
-pub use names::name;
+pub use identity::{IdRange, Identity, IdentityKind};
+pub use names::{GETXATTRAT, LISTXATTRAT, REMOVEXATTRAT, SETXATTRAT, name};
+pub use reach::{Access, Reach};
+pub use share::{Detach, Detached, detach};
 pub use spawn::{Child, NetNamespace, Spawn, spawn};
 pub use sys::{SECURE_ERASE, close_all_but, exit, inherited, lock_file, one_heap, plain_faults, secure_erase, signal_fd};
 
@@ -49,6 +57,8 @@ pub struct Policy {
     pub name: &'static str,
     /// Limits on what it may use up.
     pub limits: Limits,
+    /// Capabilities it may keep. None, unless it acts in the name of several users.
+    pub capabilities: &'static [Capability],
     /// What its first thread, which talks to the frontend, may call.
     pub control: &'static [&'static [Rule]],
     /// What its other threads may call, by the name of the thread.

@@ -11,13 +11,15 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, open};
+use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getegid, geteuid, kill_process, pidfd_open, set_parent_process_death_signal,
-    setsid, waitid,
+    Gid, Pid, PidfdFlags, Signal, Uid, WaitId, WaitIdOptions, getegid, geteuid, kill_process, pidfd_open,
+    set_parent_process_death_signal, setsid, waitid,
 };
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
+use crate::identity::{IdRange, Identity, write_maps};
 use crate::sys::{self, Clone};
 use crate::{Error, Result};
 
@@ -46,8 +48,10 @@ pub struct Spawn<'a> {
     pub stdout: Option<BorrowedFd<'a>>,
     /// Its standard error; ours if there is none.
     pub stderr: Option<BorrowedFd<'a>>,
-    /// The network namespace it joins; a new empty one if there is none.
+    /// The network namespace it joins; a new empty one if there is none. Only for a program that is its caller's own user.
     pub net: Option<&'a NetNamespace>,
+    /// Which users it is and can be.
+    pub identity: Identity,
 }
 
 /// A running program.
@@ -60,7 +64,7 @@ pub struct Child {
 }
 
 /// Steps of the child, by which a failure is told.
-const STEPS: [&str; 9] = [
+const STEPS: [&str; 12] = [
     "join the machine's network namespace",
     "create the namespaces",
     "tie the process to its parent",
@@ -70,6 +74,9 @@ const STEPS: [&str; 9] = [
     "start a session",
     "pass on the descriptors",
     "execute the program",
+    "wait for the maps of users and groups",
+    "become the first user of the map",
+    "keep mounts from the host",
 ];
 
 #[derive(Clone, Copy)]
@@ -83,6 +90,9 @@ enum Step {
     Session,
     Descriptors,
     Execute,
+    Maps,
+    First,
+    Mounts,
 }
 
 type Failure = (Step, rustix::io::Errno);
@@ -129,11 +139,15 @@ impl NetNamespace {
 /// # Errors
 /// With the step that failed.
 pub fn spawn(what: &Spawn<'_>) -> Result<Child> {
+    what.identity.check()?;
     let plan = Plan::new(what)?;
     let (report, tell) = pipe_with(PipeFlags::CLOEXEC).map_err(Error::step("make a pipe"))?;
-    let pid = match what.net {
-        None => start(&plan, Clone::NEW_NET, &tell, &report)?,
-        Some(net) => start_within(net, &plan, &tell, &report)?,
+    let pid = match (&what.identity, what.net) {
+        (Identity::Own, None) => start(&plan, &tell, &report)?,
+        (Identity::Own, Some(net)) => start_within(net, &plan, &tell, &report)?,
+        (Identity::Ranges { uids, gids }, None) => start_mapped(uids, gids, &plan, &tell, &report)?,
+        (Identity::Host, None) => start_on_host(&plan, &tell, &report)?,
+        (_, Some(_)) => return Err(Error::NetOfOthers),
     };
     drop(tell);
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(Error::step("watch the process"))?;
@@ -148,12 +162,36 @@ pub fn spawn(what: &Spawn<'_>) -> Result<Child> {
 }
 
 /// Clones the worker as a child of this process.
-fn start(plan: &Plan<'_>, more: Clone, tell: &OwnedFd, report: &OwnedFd) -> Result<Pid> {
+fn start(plan: &Plan<'_>, tell: &OwnedFd, report: &OwnedFd) -> Result<Pid> {
     // Asked before: inside, the user is nobody until the map is written.
     let maps = Maps::own();
-    match sys::clone3(Clone::WORKER | more).map_err(user_namespaces)? {
+    match sys::clone3(Clone::NEW_USER | Clone::WORKER | Clone::NEW_NET).map_err(user_namespaces)? {
         Some(pid) => Ok(pid),
-        None => become_program(plan, &maps, tell, report),
+        None => become_program(plan, &Entry::Own(&maps), tell, report),
+    }
+}
+
+/// The same with a map of several users, which this process writes while the worker waits.
+fn start_mapped(uids: &[IdRange], gids: &[IdRange], plan: &Plan<'_>, tell: &OwnedFd, report: &OwnedFd) -> Result<Pid> {
+    let (hold, release) = pipe_with(PipeFlags::CLOEXEC).map_err(Error::step("make a pipe"))?;
+    let flags = Clone::NEW_USER | Clone::WORKER | Clone::NEW_NET;
+    let Some(pid) = sys::clone3(flags).map_err(user_namespaces)? else {
+        become_program(plan, &Entry::Mapped { hold: &hold, release: &release }, tell, report)
+    };
+    drop(hold);
+    let mapped = write_maps(pid, uids, gids)
+        .and_then(|()| rustix::io::write(&release, b"+").map(drop).map_err(Error::step("release the process")));
+    if mapped.is_err() {
+        reap(pid);
+    }
+    mapped.map(|()| pid)
+}
+
+/// The same without a user namespace.
+fn start_on_host(plan: &Plan<'_>, tell: &OwnedFd, report: &OwnedFd) -> Result<Pid> {
+    match sys::clone3(Clone::WORKER | Clone::NEW_NET).map_err(Error::step("create the namespaces"))? {
+        Some(pid) => Ok(pid),
+        None => become_program(plan, &Entry::Host, tell, report),
     }
 }
 
@@ -171,12 +209,12 @@ fn start_within(net: &NetNamespace, plan: &Plan<'_>, tell: &OwnedFd, report: &Ow
         if let Err(errno) = joined {
             failed(Step::Join, errno);
         }
-        match sys::clone3(Clone::WORKER | Clone::SIBLING) {
+        match sys::clone3(Clone::NEW_USER | Clone::WORKER | Clone::SIBLING) {
             Ok(Some(pid)) => {
                 let _told = rustix::io::write(&tell_number, &pid.as_raw_nonzero().get().to_ne_bytes());
                 sys::exit(0);
             }
-            Ok(None) => become_program(plan, &Maps::INNER, tell, report),
+            Ok(None) => become_program(plan, &Entry::Own(&Maps::INNER), tell, report),
             Err(errno) => failed(Step::Namespaces, errno),
         }
     };
@@ -194,12 +232,52 @@ fn start_within(net: &NetNamespace, plan: &Plan<'_>, tell: &OwnedFd, report: &Ow
     }
 }
 
+/// How the child comes to be who it is to be.
+enum Entry<'a> {
+    /// It writes the map of one user itself.
+    Own(&'a Maps),
+    /// The maps are written from outside. It may go on when there is something to be read.
+    Mapped { hold: &'a OwnedFd, release: &'a OwnedFd },
+    /// It is who it was.
+    Host,
+}
+
+impl Entry<'_> {
+    /// Before the tie to the parent, which a change of users cuts.
+    fn become_first(&self) -> std::result::Result<(), Failure> {
+        let Entry::Mapped { hold, release } = self else { return Ok(()) };
+        // Otherwise this process would keep itself waiting after the death of the other.
+        sys::close(release);
+        match rustix::io::read(hold, &mut [0]) {
+            Ok(1) => {}
+            Ok(_) => return Err((Step::Maps, rustix::io::Errno::PIPE)),
+            Err(errno) => return Err((Step::Maps, errno)),
+        }
+        set_thread_groups(&[])
+            .and_then(|()| set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT))
+            .and_then(|()| set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT))
+            .map_err(|errno| (Step::First, errno))
+    }
+
+    fn settle(&self) -> std::result::Result<(), Failure> {
+        match self {
+            Entry::Own(maps) => maps.write(),
+            Entry::Mapped { .. } => Ok(()),
+            // With a user namespace the kernel does this by itself.
+            Entry::Host => mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+                .map_err(|errno| (Step::Mounts, errno)),
+        }
+    }
+}
+
 /// What the child does until it is the program.
-fn become_program(plan: &Plan<'_>, maps: &Maps, tell: &OwnedFd, report: &OwnedFd) -> ! {
+fn become_program(plan: &Plan<'_>, entry: &Entry<'_>, tell: &OwnedFd, report: &OwnedFd) -> ! {
     // The pipe's number may be one that the program is to have.
     let Ok(tell) = &sys::park(tell) else { sys::exit(127) };
-    let failure: std::result::Result<(), Failure> = tie_to_parent(tell, report)
-        .and_then(|()| maps.write())
+    let failure: std::result::Result<(), Failure> = entry
+        .become_first()
+        .and_then(|()| tie_to_parent(tell, report))
+        .and_then(|()| entry.settle())
         .and_then(|()| setsid().map(drop).map_err(|errno| (Step::Session, errno)))
         .and_then(|()| plan.pass_on().map_err(|errno| (Step::Descriptors, errno)))
         .and_then(|()| Err((Step::Execute, plan.execute())));
@@ -330,4 +408,4 @@ impl<'a> Plan<'a> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -28,8 +28,8 @@ impl Clone {
     pub(crate) const NEW_NET: Clone = Clone(0x4000_0000);
     /// The new process becomes a child of our parent.
     pub(crate) const SIBLING: Clone = Clone(0x8000);
-    /// User, mount, UTS, IPC and PID namespaces.
-    pub(crate) const WORKER: Clone = Clone(0x1000_0000 | 0x2_0000 | 0x400_0000 | 0x800_0000 | 0x2000_0000);
+    /// Mount, UTS, IPC and PID namespaces.
+    pub(crate) const WORKER: Clone = Clone(0x2_0000 | 0x400_0000 | 0x800_0000 | 0x2000_0000);
 
     pub(crate) const fn empty() -> Clone {
         Clone(0)
@@ -265,6 +265,19 @@ pub(crate) fn landlock_version() -> u32 {
     // SAFETY: with this flag the call takes a null pointer and a size of 0, and only returns a number.
     let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0usize, LANDLOCK_CREATE_RULESET_VERSION) };
     u32::try_from(version).unwrap_or(0)
+}
+
+/// Takes the meaning of set-user-id bits and device files from a tree of mounts that is attached nowhere, and what would pass on
+/// mounts to it and from it; and the right to write, too, if that is asked.
+pub(crate) fn restrict_mounts(root: BorrowedFd<'_>, read_only: bool) -> rustix::io::Result<()> {
+    let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let new = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    let size = size_of::<libc::mount_attr>();
+    // SAFETY: the descriptor is open as it is borrowed, the path is an empty string with its zero, and the structure is initialised
+    // and outlives the call.
+    let done = unsafe { libc::syscall(libc::SYS_mount_setattr, root.as_raw_fd(), c"".as_ptr(), flags, &raw const new, size) };
+    if done < 0 { Err(last_error()) } else { Ok(()) }
 }
 
 /// Whether the kernel knows `PR_SET_MDWE`.

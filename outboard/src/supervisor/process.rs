@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
-use sandbox::{NetNamespace, Spawn};
+use sandbox::{Identity, NetNamespace, Spawn};
 use virtio::metrics::page;
 
 use crate::machine::Stdio;
@@ -83,6 +83,7 @@ impl Process {
             stdout: Some(output),
             stderr: Some(writer.as_fd()),
             net: Some(order.net),
+            identity: Identity::Own,
         })
         .with_context(|| format!("Cannot start {}", order.program.display()))?;
         let log = Log::new(reader, name, hold);

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
-use sandbox::{NetNamespace, Spawn, spawn};
+use sandbox::{Identity, NetNamespace, Spawn, spawn};
 
 /// How long a started backend may take to open its socket.
 const START: Duration = Duration::from_secs(10);
@@ -254,6 +254,7 @@ fn compose(words: &[String], machine: &NetNamespace, socket: &OwnedFd) -> Result
         stdout: None,
         stderr: None,
         net: Some(machine),
+        identity: Identity::Own,
     };
     Ok(spawn(&what)?)
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
-use sandbox::{NetNamespace, Spawn};
+use sandbox::{Identity, NetNamespace, Spawn};
 
 use super::Bench;
 use super::process::{self, Running};
@@ -89,6 +89,7 @@ fn first_answer_in(bench: &Bench, machine: &NetNamespace) -> Result<f64> {
         stdout: None,
         stderr: None,
         net: Some(machine),
+        identity: Identity::Own,
     })?;
     drop(theirs);
     ours.write_all(&GET_FEATURES)?;

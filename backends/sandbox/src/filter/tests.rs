@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
 use super::*;
-use crate::{allow, allow_if};
+use crate::{Capability, allow, allow_if, lower, raise};
 
 const PART: &str = "OUTBOARD_FILTER_TEST";
 
@@ -27,6 +27,9 @@ const RULES: &[Rule] = &[
     allow_if(libc::SYS_mprotect, NO_EXECUTABLE, "memory, not code"),
     allow_if(libc::SYS_getpriority, &[When::Is(0, 1)], "one alternative"),
     allow_if(libc::SYS_getpriority, &[When::Is(0, 2)], "another"),
+    allow_if(libc::SYS_unlinkat, &[When::Not(0, libc::AT_FDCWD.cast_unsigned())], "names in a directory that is open"),
+    allow(libc::SYS_capget, "what a thread has in force of its capabilities"),
+    allow(libc::SYS_capset, "less of it"),
 ];
 
 #[test]
@@ -40,6 +43,9 @@ fn the_part() {
         "one" => drop(rustix::process::getpriority_pgrp(None)),
         "another" => drop(rustix::process::getpriority_user(rustix::process::Uid::ROOT)),
         "neither" => drop(rustix::process::getpriority_process(None)),
+        "lower" => lower(&[Capability::CAP_CHOWN]).and_then(|()| raise(&[])).unwrap(),
+        "beneath" => drop(rustix::fs::unlinkat(std::io::stdin(), "nothing", rustix::fs::AtFlags::empty())),
+        "anywhere" => drop(rustix::fs::unlinkat(rustix::fs::CWD, "nothing", rustix::fs::AtFlags::empty())),
         _ => {}
     }
     crate::sys::exit(7);
@@ -52,6 +58,17 @@ fn what_is_named_is_allowed_and_the_rest_ends_the_process() {
     assert_eq!(play("another").code(), Some(7));
     assert_eq!(play("forbidden").signal(), Some(libc::SIGSYS));
     assert_eq!(play("neither").signal(), Some(libc::SIGSYS));
+}
+
+#[test]
+fn an_argument_may_be_any_number_but_one() {
+    assert_eq!(play("beneath").code(), Some(7));
+    assert_eq!(play("anywhere").signal(), Some(libc::SIGSYS));
+}
+
+#[test]
+fn a_thread_lowers_its_capabilities_with_two_calls() {
+    assert_eq!(play("lower").code(), Some(7));
 }
 
 #[test]

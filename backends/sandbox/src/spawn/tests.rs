@@ -2,15 +2,26 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 
 use super::*;
+use crate::IdentityKind;
+
+fn shell<'a>(identity: Identity) -> Spawn<'a> {
+    let program = Path::new("/bin/sh");
+    Spawn { program, args: vec![], fds: vec![], stdin: None, stdout: None, stderr: None, net: None, identity }
+}
 
 /// Runs a script in a worker's place and gives what it wrote.
-fn ask(script: &str, fds: Vec<(BorrowedFd<'_>, RawFd)>, net: Option<&NetNamespace>) -> String {
+pub(crate) fn ask(script: &str, fds: Vec<(BorrowedFd<'_>, RawFd)>, net: Option<&NetNamespace>) -> String {
+    ask_as(Identity::Own, script, fds, net)
+}
+
+/// The same for a worker with other users.
+pub(crate) fn ask_as(identity: Identity, script: &str, fds: Vec<(BorrowedFd<'_>, RawFd)>, net: Option<&NetNamespace>) -> String {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-    let args = vec!["-c".into(), script.into()];
-    let stdout = Some(writer.as_fd());
-    let child = spawn(&Spawn { program: Path::new("/bin/sh"), args, fds, stdin: None, stdout, stderr: None, net }).unwrap();
+    let plan = Spawn { args: vec!["-c".into(), script.into()], fds, stdout: Some(writer.as_fd()), net, ..shell(identity) };
+    let child = spawn(&plan).unwrap();
     drop(writer);
     let mut said = String::new();
     File::from(reader).read_to_string(&mut said).unwrap();
@@ -62,12 +73,143 @@ fn the_workers_of_a_machine_share_one_empty_network() {
 #[test]
 fn a_program_that_cannot_be_executed_is_told() {
     let program = Path::new("/nonexistent/program");
-    let plan = Spawn { program, args: vec![], fds: vec![], stdin: None, stdout: None, stderr: None, net: None };
+    let plan = Spawn { program, ..shell(Identity::Own) };
     let error = spawn(&plan).unwrap_err();
     assert_eq!(error.to_string(), "Cannot execute the program");
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("No such file"));
     let net = NetNamespace::new().unwrap();
     assert_eq!(spawn(&Spawn { net: Some(&net), ..plan }).unwrap_err().to_string(), "Cannot execute the program");
+}
+
+/// The caller as 0, and ten others, from these on.
+fn ten(user: u32, group: u32) -> Identity {
+    let map = |own, outside| vec![IdRange { inside: 0, outside: own, count: 1 }, IdRange { inside: 1, outside, count: 10 }];
+    Identity::Ranges { uids: map(geteuid().as_raw(), user), gids: map(getegid().as_raw(), group) }
+}
+
+/// Where ten others may begin: for root anywhere, for an ordinary user where the host has granted some. `None` if it has not.
+fn granted(file: &str) -> Option<u32> {
+    if geteuid().is_root() {
+        return Some(400_001);
+    }
+    let name = std::process::Command::new("id").arg("-un").output().unwrap().stdout;
+    let (name, number) = (String::from_utf8(name).unwrap(), geteuid().as_raw().to_string());
+    let lines = std::fs::read_to_string(file).unwrap_or_default();
+    let own = lines.lines().filter(|line| line.split(':').next().is_some_and(|who| who == name.trim() || who == number));
+    own.filter_map(|line| line.split(':').nth(1)?.parse().ok()).next()
+}
+
+/// Several users, and who the first of the others is outside, with its group.
+pub(crate) fn several() -> Option<(Identity, u32, u32)> {
+    let ranges = granted("/etc/subuid").zip(granted("/etc/subgid"));
+    let can = geteuid().is_root() || Path::new("/usr/bin/newuidmap").exists();
+    if ranges.is_none() || !can {
+        println!("This host grants its users no others, or has no newuidmap.");
+    }
+    ranges.filter(|_| can).map(|(user, group)| (ten(user, group), user, group))
+}
+
+#[test]
+fn whoever_may_not_map_users_is_told_how_to_get_it() {
+    if geteuid().is_root() {
+        println!("Root may.");
+        return;
+    }
+    let error = spawn(&shell(ten(1, 1))).unwrap_err();
+    let text = error.to_string();
+    assert!(text.ends_with("let /etc/subuid grant you the range"), "{text}");
+    match error {
+        Error::NoMapHelper { .. } => {
+            assert!(text.contains("newuidmap, which is not in PATH; install it (package uidmap of Debian)"), "{text}");
+        }
+        Error::MapRefused { .. } => assert!(text.starts_with("newuidmap refuses the map ("), "{text}"),
+        _ => panic!("{text}"),
+    }
+}
+
+const WHO: &str = "id -u; id -g; id -G; cat /proc/self/setgroups; cat /proc/self/uid_map; readlink /proc/self/ns/user";
+
+#[test]
+fn a_worker_can_have_a_map_of_several_users() {
+    let Some((identity, user, _)) = several() else { return };
+    let said = ask_as(identity, WHO, vec![], None);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[..4], ["0", "0", "0", "allow"]);
+    let map: Vec<Vec<&str>> = lines[4..6].iter().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(map, [["0", &geteuid().as_raw().to_string(), "1"], ["1", &user.to_string(), "10"]]);
+    assert_ne!(std::fs::read_link("/proc/self/ns/user").unwrap().to_str(), Some(lines[6]));
+}
+
+/// What the server of a share does for one of the guest's users.
+#[test]
+fn what_a_mapped_user_makes_is_owned_outside_by_whom_the_map_says() {
+    let Some((identity, user, group)) = several() else { return };
+    let folder = std::env::temp_dir().join(format!("outboard-mapped-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let file = folder.join("file");
+    ask_as(identity, &format!("echo words > {0}; chown 10:7 {0}", file.display()), vec![], None);
+    let made = std::fs::metadata(&file).unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!((made.uid(), made.gid()), (user + 9, group + 6));
+}
+
+#[test]
+fn what_cannot_be_mapped_is_told_and_nothing_is_left_running() {
+    let ranges = |uids: Vec<IdRange>| Identity::Ranges { gids: uids.clone(), uids };
+    let refused = |identity| spawn(&shell(identity)).unwrap_err().to_string();
+    let nobody = ranges(vec![IdRange { inside: 1, outside: 100_000, count: 1 }]);
+    assert!(refused(nobody).starts_with("The maps of users and groups do not say who 0 is"));
+    let net = NetNamespace::new().unwrap();
+    let joined = spawn(&Spawn { net: Some(&net), ..shell(ten(100_000, 100_000)) }).unwrap_err();
+    assert!(matches!(joined, Error::NetOfOthers));
+    if geteuid().is_root() {
+        let own = IdRange { inside: 0, outside: 0, count: 1 };
+        assert_eq!(refused(ranges(vec![own, own])), "Cannot map the users");
+        let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+        assert_eq!(children, "");
+    } else {
+        assert!(refused(Identity::Host).starts_with("Only root can start"));
+    }
+}
+
+#[test]
+fn root_can_start_a_worker_that_keeps_the_users_of_the_host() {
+    if !geteuid().is_root() {
+        println!("For root only.");
+        return;
+    }
+    let script =
+        "for n in user mnt uts ipc pid net; do readlink /proc/self/ns/$n; done; echo $$; tail -n +3 /proc/net/dev | wc -l";
+    let said = ask_as(Identity::Host, script, vec![], None);
+    let lines: Vec<&str> = said.lines().collect();
+    let own = |name| std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap().display().to_string();
+    assert_eq!(own("user"), lines[0]);
+    for (name, theirs) in ["mnt", "uts", "ipc", "pid", "net"].iter().zip(&lines[1..]) {
+        assert_ne!(own(name), *theirs);
+    }
+    assert_eq!(lines[6..], ["1", "1"], "it is the first of its PID namespace, and has no network");
+}
+
+/// The host may have mounts that it shares with whoever copies them. What a worker mounts before it is confined is its own.
+#[test]
+fn what_a_worker_on_the_host_mounts_is_seen_by_nobody_else() {
+    if !geteuid().is_root() {
+        println!("For root only.");
+        return;
+    }
+    let said = ask_as(Identity::Host, "cat /proc/self/mountinfo", vec![], None);
+    assert!(said.lines().count() > 0);
+    for line in said.lines() {
+        assert!(!line.contains(" shared:"), "{line}");
+    }
+}
+
+#[test]
+fn kinds_of_identities_are_named() {
+    for identity in [Identity::Own, ten(1, 1), Identity::Host] {
+        assert_eq!(identity.kind().to_string().parse(), Ok(identity.kind()));
+    }
+    assert!("nobody".parse::<IdentityKind>().is_err());
 }
 
 #[test]
