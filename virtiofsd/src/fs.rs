@@ -24,7 +24,7 @@ use crate::tree::{ROOT, Tree};
 mod change;
 mod dir;
 mod file;
-mod ioctl;
+pub(crate) mod ioctl;
 mod look;
 mod make;
 mod remove;
@@ -162,7 +162,7 @@ impl Share {
 
     /// How requests of this session are to be read.
     pub fn dialect(&self) -> Dialect {
-        Dialect { setxattr_ext: self.agreed(crate::abi::SETXATTR_EXT) }
+        Dialect { setxattr_ext: self.agreed(crate::abi::init::SETXATTR_EXT) }
     }
 
     /// Whether both sides can do this.
@@ -208,7 +208,7 @@ impl Share {
             Operation::Unlink { name } => self.unlink(node, name, false),
             Operation::RmDir { name } => self.unlink(node, name, true),
             Operation::Rename { name, to, new_name, flags } => self.rename((node, name), (to, new_name), flags),
-            Operation::Open { flags, .. } => self.open(thread, node, flags, io),
+            Operation::Open { flags, open_flags } => self.open(thread, node, (flags, open_flags), io),
             Operation::Read { handle, offset, size, .. } => self.read((node, handle), offset, size, io),
             Operation::Write { handle, offset, size, write_flags, .. } => {
                 self.write(thread, (node, handle), (offset, size, write_flags), io)
@@ -240,7 +240,7 @@ impl Share {
     /// What the guest is told about a file on the mount `mount` whose directory is on the mount `above`.
     pub(crate) fn attributes(&self, stat: &Statx, crossed: bool) -> Attr {
         let time = |at: &rustix::fs::StatxTimestamp| (at.tv_sec, at.tv_nsec);
-        let flags = if crossed && self.agreed(crate::abi::SUBMOUNTS) { crate::abi::ATTR_SUBMOUNT } else { 0 };
+        let flags = if crossed && self.agreed(crate::abi::init::SUBMOUNTS) { crate::abi::attr::SUBMOUNT } else { 0 };
         let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
         Attr {
             ino: stat.stx_ino,

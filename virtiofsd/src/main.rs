@@ -1,3 +1,29 @@
 //! `outboard-virtiofsd`: a vhost-user server for virtio-fs.
 
-fn main() {}
+use std::process::ExitCode;
+
+use sandbox::{IdentityKind, Needs};
+use vhost_user::Backend;
+use virtiofsd::args::{Args, Config};
+use virtiofsd::device::Fs;
+use virtiofsd::metrics;
+use virtiofsd::sandbox::{OF_MANY, OF_ONE, POLICY};
+use virtiofsd::share::Opened;
+
+fn main() -> ExitCode {
+    daemon::main(&POLICY, |startup: daemon::Startup<Args>| {
+        let several = startup.identity() != IdentityKind::Own;
+        let config = Config::new(startup.args(), several)?;
+        let trust = startup.args().memory.trust();
+        let opened = Opened::open(&config, |fd| startup.inherited(fd))?;
+        virtio::metrics::publish(startup.metrics()?, &metrics::ALL, config.queues)?;
+        let confined = startup.confine_with(&Needs {
+            reach: &[opened.reach(&config)],
+            keep: Some(if several { OF_MANY } else { OF_ONE }),
+            descriptors: Some(config.descriptors),
+        })?;
+        let device = Fs::new(opened.share(&config)?, &config, several, &confined)?;
+        let mut backend = Backend::new(device, trust)?;
+        confined.serve(|frontend, stop| Ok(backend.serve(frontend, stop).map(drop)?))
+    })
+}

@@ -23,6 +23,15 @@ struct XattrArgs {
     flags: u32,
 }
 
+/// Gives the calling thread a mask for new files, a root and a current directory of its own.
+///
+/// # Errors
+/// The system's.
+pub fn own_mask() -> Result<(), Errno> {
+    // SAFETY: takes a number. What is not shared any more are properties of this thread that no memory depends on.
+    check(unsafe { libc::unshare(libc::CLONE_FS) }.into()).map(drop)
+}
+
 /// Changes the permissions of what a descriptor refers to, also of one that was opened as a path only (Linux 6.6).
 ///
 /// # Errors

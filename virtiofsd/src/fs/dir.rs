@@ -41,7 +41,7 @@ impl Share {
         io: Io<'_>,
     ) -> Outcome {
         let dir = self.directory(node)?;
-        if number == 0 && self.agreed(crate::abi::NO_OPENDIR_SUPPORT) {
+        if number == 0 && self.agreed(crate::abi::init::NO_OPENDIR_SUPPORT) {
             let (file, _) = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
             let reading = Reading { node, dir, file: &file, plus };
             return self.read_entries(thread, &reading, &mut UNKNOWN.clone(), offset, size, io);
@@ -70,7 +70,7 @@ impl Share {
         let heard = thread.heard.spare_capacity_mut();
         let names = if reading.plus { room / SHARE_OF_NAMES } else { room };
         let names = names.clamp(LEAST, heard.len());
-        let mut entries = Dirents::new(told);
+        let mut entries = Dirents::new(told, size);
         let end = self.pack(reading, heard.get_mut(..names).unwrap_or_default(), &mut entries, offset)?;
         *cursor = end.unwrap_or(UNKNOWN);
         let len = entries.len();
@@ -114,7 +114,7 @@ impl Share {
         if !reading.plus {
             return Ok(entries.push(ino, next, kind, bytes));
         }
-        if !entries.has_room_plus(bytes.len()) {
+        if !entries.has_room(true, bytes.len()) {
             return Ok(false);
         }
         let entry = match Name::new(file_name) {

@@ -10,7 +10,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::abi;
+use crate::abi::{flag, fopen, init};
 use crate::fs::change::PRIVILEGED;
 use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share, Thread};
 use crate::reply;
@@ -47,7 +47,7 @@ impl Share {
         if self.settings.preserve_noatime {
             how |= asked & OFlags::NOATIME;
         }
-        if self.agreed(abi::WRITEBACK_CACHE) {
+        if self.agreed(init::WRITEBACK_CACHE) {
             // The guest reads what it writes a part of, and knows where the end is.
             if asked & OFlags::RWMODE == OFlags::WRONLY {
                 how = (how - OFlags::RWMODE) | OFlags::RDWR;
@@ -95,12 +95,12 @@ impl Share {
         Ok((file, stat))
     }
 
-    pub(super) fn open(&self, thread: &mut Thread, node: u64, flags: u32, io: Io<'_>) -> Outcome {
-        let opened = self.open_file(thread, node, flags)?;
+    pub(super) fn open(&self, thread: &mut Thread, node: u64, (flags, more): (u32, u32), io: Io<'_>) -> Outcome {
+        let opened = self.open_file(thread, node, flags, more)?;
         io.answer(&self.register(node, opened)?)
     }
 
-    pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32) -> Result<Opened, Errno> {
+    pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32, more: u32) -> Result<Opened, Errno> {
         // Opening a device or a pipe does something; what the guest wants with one it does by itself.
         match self.tree.kind(node)? {
             Kind::REGULAR => {}
@@ -113,7 +113,7 @@ impl Share {
             return Err(Errno::STALE);
         }
         if flags.cast_signed() & libc::O_TRUNC != 0 {
-            let keep = flags & abi::OPEN_KILL_SUIDGID_UNSET != 0;
+            let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && more & flag::OPEN_KILL_SUIDGID == 0;
             thread.credentials.keeping_ids_if(keep, || ftruncate(&file, 0))?;
         }
         Ok(Opened { file, stat, flags })
@@ -140,12 +140,12 @@ impl Share {
 
     fn open_flags(&self, direct: bool, slow: bool) -> u32 {
         // What is written reaches the host with each write, except where the file system says more when a file is closed.
-        let flush = if slow || self.settings.locks { 0 } else { abi::FOPEN_NOFLUSH };
+        let flush = if slow || self.settings.locks { 0 } else { fopen::NOFLUSH };
         let cache = match self.settings.cache {
-            _ if direct => abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES,
-            Cache::Never | Cache::Metadata => abi::FOPEN_DIRECT_IO | abi::FOPEN_PARALLEL_DIRECT_WRITES,
+            _ if direct => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
+            Cache::Never | Cache::Metadata => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
             Cache::Auto => 0,
-            Cache::Always => abi::FOPEN_KEEP_CACHE,
+            Cache::Always => fopen::KEEP_CACHE,
         };
         flush | cache
     }
@@ -200,8 +200,8 @@ impl Share {
             return Ok(Done::Slow);
         }
         // Nobody has the right to keep these bits, unless the guest says who does and it is this one.
-        let keep = self.agreed(abi::HANDLE_KILLPRIV_V2)
-            && write_flags & abi::WRITE_KILL_SUIDGID == 0
+        let keep = self.agreed(init::HANDLE_KILLPRIV_V2)
+            && write_flags & flag::WRITE_KILL_SUIDGID == 0
             && handle.privileged.load(Ordering::Relaxed);
         let data = io.data.split_at(size).0;
         let written = thread.credentials.keeping_ids_if(keep, || write_all(&handle, data, offset))?;
@@ -293,7 +293,7 @@ impl Share {
     }
 
     pub(super) fn open_dir(&self, node: u64, io: Io<'_>) -> Outcome {
-        if self.agreed(abi::NO_OPENDIR_SUPPORT) {
+        if self.agreed(init::NO_OPENDIR_SUPPORT) {
             // From now on the guest does not ask.
             return Err(Errno::NOSYS);
         }
@@ -311,8 +311,8 @@ impl Share {
         };
         let number = self.tree.handles.insert(handle)?;
         let flags = match self.settings.cache {
-            Cache::Always => abi::FOPEN_KEEP_CACHE | abi::FOPEN_CACHE_DIR,
-            Cache::Metadata => abi::FOPEN_CACHE_DIR | abi::FOPEN_KEEP_CACHE,
+            Cache::Always => fopen::KEEP_CACHE | fopen::CACHE_DIR,
+            Cache::Metadata => fopen::CACHE_DIR | fopen::KEEP_CACHE,
             Cache::Auto | Cache::Never => 0,
         };
         io.answer(&reply::open(number, flags))

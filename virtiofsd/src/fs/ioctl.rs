@@ -5,18 +5,18 @@ use std::os::fd::AsFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::abi;
+use crate::abi::flag;
 use crate::fs::{Io, Outcome, Share};
 use crate::reply;
 use crate::sys;
 
 /// Flags of a file (`FS_IOC_GETFLAGS`, `FS_IOC_SETFLAGS`): eight bytes says the number, four it is.
-pub(crate) const GET_FLAGS: u32 = 0x8008_6601;
-pub(crate) const SET_FLAGS: u32 = 0x4008_6602;
+pub const GET_FLAGS: u32 = 0x8008_6601;
+pub const SET_FLAGS: u32 = 0x4008_6602;
 
 /// Flags and project of a file (`FS_IOC_FSGETXATTR`, `FS_IOC_FSSETXATTR`).
-pub(crate) const GET_MORE: u32 = 0x801c_581f;
-pub(crate) const SET_MORE: u32 = 0x401c_5820;
+pub const GET_MORE: u32 = 0x801c_581f;
+pub const SET_MORE: u32 = 0x401c_5820;
 
 /// Bytes of the longest of these.
 const MOST: usize = 28;
@@ -48,7 +48,7 @@ impl Share {
                 open = handle;
                 open.file.as_fd()
             }
-            Err(_) if flags & abi::IOCTL_DIR != 0 && handle == 0 => {
+            Err(_) if flags & flag::IOCTL_DIR != 0 && handle == 0 => {
                 opened = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?.0;
                 opened.as_fd()
             }

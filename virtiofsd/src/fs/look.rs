@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{Statx, readlinkat_raw};
+use rustix::fs::{Statx, StatxFlags, readlinkat_raw};
 use rustix::io::Errno;
 
 use crate::fs::{EMPTY, Io, Outcome, Share};
@@ -71,9 +71,28 @@ impl Share {
 
     pub(super) fn statx(&self, node: u64, handle: Option<u64>, io: Io<'_>) -> Outcome {
         let stat = self.stat_by(node, handle)?;
-        let born = (stat.stx_mask & libc::STATX_BTIME != 0).then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec));
-        let attributes = (stat.stx_attributes.bits(), stat.stx_attributes_mask.bits());
-        io.answer(&reply::statx(&self.attributes(&stat, false), born, attributes, self.settings.timeout))
+        let attr = self.attributes(&stat, false);
+        let all = reply::Statx {
+            // What is told of mounts and of direct I/O is about this host.
+            mask: stat.stx_mask & (StatxFlags::BASIC_STATS | StatxFlags::BTIME).bits(),
+            blksize: attr.blksize,
+            attributes: stat.stx_attributes.bits(),
+            attributes_mask: stat.stx_attributes_mask.bits(),
+            nlink: attr.nlink,
+            uid: attr.uid,
+            gid: attr.gid,
+            mode: stat.stx_mode,
+            ino: attr.ino,
+            size: attr.size,
+            blocks: attr.blocks,
+            atime: attr.atime,
+            btime: (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec),
+            ctime: attr.ctime,
+            mtime: attr.mtime,
+            rdev: (stat.stx_rdev_major, stat.stx_rdev_minor),
+            dev: (0, 0),
+        };
+        io.answer(&reply::statx(&all, self.settings.timeout))
     }
 
     pub(super) fn read_link(&self, node: u64, io: Io<'_>) -> Outcome {
@@ -82,8 +101,8 @@ impl Share {
         }
         let fd = self.tree.fd(node)?;
         let mut buffer = [0; LINK];
-        let (target, _) = readlinkat_raw(&fd, c"", &mut buffer[..])?;
-        io.answer(target)
+        let len = readlinkat_raw(&fd, c"", &mut buffer[..])?;
+        io.answer(buffer.get(..len).unwrap_or_default())
     }
 
     /// Only of guests that do not check for themselves.

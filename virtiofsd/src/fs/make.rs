@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, linkat, makedev, mkdirat, mknodat, openat2, symlinkat, unlinkat};
 use rustix::io::Errno;
 
-use crate::abi;
+use crate::abi::init;
 use crate::fs::file::Opened;
 use crate::fs::{Io, Outcome, Share, Thread};
 use crate::reply;
@@ -25,7 +25,7 @@ impl Share {
         // A group that is none here gives no rights here.
         let group = request.group.and_then(|group| self.owners.gids.to_host(group).ok());
         // A guest that leaves it to us does so because a list of the directory may say something else.
-        thread.credentials.mask(if self.agreed(abi::DONT_MASK) { umask } else { 0 });
+        thread.credentials.mask(if self.agreed(init::DONT_MASK) { umask } else { 0 });
         thread.credentials.become_user(uid, gid, group)
     }
 
@@ -121,8 +121,8 @@ impl Share {
             return Err(Errno::ACCESS);
         }
         let entry = self.enter(request.node, &dir, name)?;
-        let node = reply::node_of(&entry);
-        match self.open_file(thread, node, flags) {
+        let node = node_of(&entry);
+        match self.open_file(thread, node, flags, 0) {
             Ok(opened) => self.hand_out(&entry, opened, io),
             Err(errno) => {
                 self.tree.forget(node, 1);
@@ -133,7 +133,7 @@ impl Share {
 
     /// The answer to a request that makes and opens a file.
     fn hand_out(&self, entry: &[u8; 128], opened: Opened, io: Io<'_>) -> Outcome {
-        let node = reply::node_of(entry);
+        let node = node_of(entry);
         let open = self.register(node, opened).inspect_err(|_| self.tree.forget(node, 1))?;
         let mut answer = [0; 144];
         let (first, second) = answer.split_at_mut(128);
@@ -184,4 +184,9 @@ impl Share {
 /// Gives a name to a file that has none.
 fn link_nameless(file: &OwnedFd, dir: &OwnedFd, name: Name<'_>) -> Result<(), Errno> {
     linkat(file, c"", dir, name.as_c_str(), AtFlags::EMPTY_PATH)
+}
+
+/// The number of the inode that an answer introduces.
+fn node_of(entry: &[u8; 128]) -> u64 {
+    entry.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }

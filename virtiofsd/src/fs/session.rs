@@ -4,12 +4,9 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use crate::abi;
+use crate::abi::{self, init};
 use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share};
 use crate::reply::{self, InitReply};
-
-/// The first version of the protocol that is spoken (Linux 5.4, the first with virtio-fs).
-const OLDEST: u32 = 31;
 
 /// Bytes of data of one request.
 const MAX_WRITE: u32 = 1 << 20;
@@ -18,9 +15,9 @@ impl Share {
     pub(super) fn init(&self, major: u32, minor: u32, max_readahead: u32, flags: u64, io: Io<'_>) -> Outcome {
         if major > abi::MAJOR {
             // The guest is to come again with a version that is known here.
-            return io.answer(&reply::init(&InitReply { major: abi::MAJOR, minor: abi::MINOR, ..InitReply::default() }));
+            return io.answer(&reply::init(&InitReply { minor: abi::NEWEST_MINOR, ..InitReply::default() }));
         }
-        if major < abi::MAJOR || minor < OLDEST {
+        if major < abi::MAJOR || minor < abi::OLDEST_MINOR {
             return Err(Errno::PROTO);
         }
         if self.session.begun.swap(true, Ordering::Relaxed) {
@@ -30,8 +27,7 @@ impl Share {
         let agreed = flags & self.offers();
         self.session.flags.store(agreed, Ordering::Relaxed);
         io.answer(&reply::init(&InitReply {
-            major: abi::MAJOR,
-            minor: abi::MINOR,
+            minor: abi::NEWEST_MINOR,
             max_readahead,
             flags: agreed,
             max_background: u16::MAX,
@@ -46,26 +42,26 @@ impl Share {
     fn offers(&self) -> u64 {
         let settings = &self.settings;
         let when = |condition: bool, flags: u64| if condition { flags } else { 0 };
-        abi::ASYNC_READ
-            | abi::PARALLEL_DIROPS
-            | abi::BIG_WRITES
-            | abi::AUTO_INVAL_DATA
-            | abi::ASYNC_DIO
-            | abi::ATOMIC_O_TRUNC
-            | abi::MAX_PAGES
-            | abi::INIT_EXT
-            | abi::CREATE_SUPP_GROUP
-            | abi::ALLOW_IDMAP
-            | abi::HAS_IOCTL_DIR
-            | when(settings.announce_submounts, abi::SUBMOUNTS)
-            | when(settings.readdirplus, abi::DO_READDIRPLUS | abi::READDIRPLUS_AUTO)
-            | when(settings.writeback, abi::WRITEBACK_CACHE)
-            | when(settings.posix_acl, abi::POSIX_ACL | abi::DONT_MASK | abi::SETXATTR_EXT)
-            | when(settings.killpriv_v2, abi::HANDLE_KILLPRIV_V2)
-            | when(settings.locks, abi::POSIX_LOCKS | abi::FLOCK_LOCKS)
-            | when(settings.allow_mmap, abi::DIRECT_IO_ALLOW_MMAP)
-            | when(settings.cache == Cache::Always, abi::NO_OPENDIR_SUPPORT)
-            | when(matches!(settings.cache, Cache::Always | Cache::Metadata), abi::CACHE_SYMLINKS)
+        init::ASYNC_READ
+            | init::PARALLEL_DIROPS
+            | init::BIG_WRITES
+            | init::AUTO_INVAL_DATA
+            | init::ASYNC_DIO
+            | init::ATOMIC_O_TRUNC
+            | init::MAX_PAGES
+            | init::INIT_EXT
+            | init::CREATE_SUPP_GROUP
+            | init::ALLOW_IDMAP
+            | init::HAS_IOCTL_DIR
+            | when(settings.announce_submounts, init::SUBMOUNTS)
+            | when(settings.readdirplus, init::DO_READDIRPLUS | init::READDIRPLUS_AUTO)
+            | when(settings.writeback, init::WRITEBACK_CACHE)
+            | when(settings.posix_acl, init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT)
+            | when(settings.killpriv_v2, init::HANDLE_KILLPRIV_V2)
+            | when(settings.locks, init::POSIX_LOCKS | init::FLOCK_LOCKS)
+            | when(settings.allow_mmap, init::DIRECT_IO_ALLOW_MMAP)
+            | when(settings.cache == Cache::Always, init::NO_OPENDIR_SUPPORT)
+            | when(matches!(settings.cache, Cache::Always | Cache::Metadata), init::CACHE_SYMLINKS)
     }
 
     pub(super) fn destroy(&self) -> Outcome {

@@ -1,0 +1,160 @@
+//! A queue's thread: a request in, its answer out.
+//!
+//! What can be done without waiting is done here and now. The rest goes to the [`Pool`], with a copy of the message and a hold on the
+//! guest's memory, and comes back as an outcome; the header of the answer is written here in either case.
+
+use std::sync::Arc;
+
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use virtio::worker::{Attempt, Poller, SOURCES, Serve, Served, Slot, Slots, Source};
+use virtio::{Buffer, Chain};
+
+use crate::abi::{opcode, sent};
+use crate::fs::{Done, Io, Outcome, Share, Thread};
+use crate::metrics;
+use crate::pool::{Job, Pool};
+use crate::reply::header;
+use crate::request::{Bad, Fetched, Operation, Request, Scratch, fetch_bytes};
+
+/// Bytes of the header of an answer.
+pub(crate) const HEADER: u32 = 16;
+
+/// What serves one queue.
+#[derive(Debug)]
+pub struct FsQueue {
+    share: Arc<Share>,
+    thread: Thread,
+    scratch: Scratch,
+    pool: Pool,
+    poller: Poller,
+}
+
+impl FsQueue {
+    /// Serves `share` on this thread.
+    pub fn new(share: Arc<Share>, thread: Thread, pool: Pool, poller: Poller) -> FsQueue {
+        FsQueue { share, thread, scratch: Scratch::new(), pool, poller }
+    }
+
+    fn request(&mut self, chain: &Chain, attempt: &Attempt<'_>) -> Served {
+        let answered = match fetch_bytes(chain, &mut self.scratch) {
+            Ok(fetched) => {
+                let dialect = self.share.dialect();
+                match fetched.parse(dialect) {
+                    Ok(request) => {
+                        metrics::REQUESTS.add(1);
+                        let done = self.share.perform(&mut self.thread, &request, io(&request.operation, chain, false));
+                        if done == Ok(Done::Slow) {
+                            return Self::hand_on(&mut self.pool, &request, &fetched, chain, attempt);
+                        }
+                        answer(chain, request.unique, done)
+                    }
+                    Err(bad) => refuse(chain, &bad),
+                }
+            }
+            Err(bad) => refuse(chain, &bad),
+        };
+        Served::Done(answered)
+    }
+
+    fn hand_on(pool: &mut Pool, request: &Request<'_>, fetched: &Fetched<'_>, chain: &Chain, attempt: &Attempt<'_>) -> Served {
+        metrics::HANDED_ON.add(1);
+        let Io { data, room, .. } = io(&request.operation, chain, true);
+        let (data, room) = (data.detached(), room.detached());
+        pool.submit(Job::new(attempt.ticket(), request.unique, fetched.boxed(), data, room));
+        Served::Later
+    }
+}
+
+/// Where the data of a request is, and the room for its answer.
+pub(crate) fn io<'a>(operation: &Operation<'_>, chain: &'a Chain, patient: bool) -> Io<'a> {
+    let before = match operation {
+        Operation::Write { .. } => sent::WRITE,
+        Operation::BatchForget { .. } => sent::BATCH_FORGET,
+        _ => u32::MAX,
+    };
+    let data = chain.readable().split_at(before.saturating_add(sent::HEADER)).1;
+    Io { data, room: chain.writable().split_at(HEADER).1, patient }
+}
+
+/// Writes the header of an answer. Gives the bytes of all of it.
+fn answer(chain: &Chain, unique: u64, done: Outcome) -> u32 {
+    let (errno, len) = match done {
+        Ok(Done::Answer(len)) => (0, len.saturating_add(HEADER)),
+        Ok(Done::Silence) => return 0,
+        Ok(Done::Slow | Done::Locked) => (libc::EIO, HEADER),
+        Err(errno) => {
+            metrics::ERRORS.add(1);
+            (told(errno), HEADER)
+        }
+    };
+    write_header(chain.writable(), unique, errno, len)
+}
+
+/// What a guest makes of some errors depends on whose they are.
+fn told(errno: Errno) -> i32 {
+    match errno {
+        // It is this process that has too many files open, not the one that asks.
+        Errno::MFILE => libc::ENFILE,
+        errno => errno.raw_os_error(),
+    }
+}
+
+fn write_header(room: Buffer<'_>, unique: u64, errno: i32, len: u32) -> u32 {
+    room.copy_from(&header(unique, errno, len));
+    len
+}
+
+fn refuse(chain: &Chain, bad: &Bad) -> u32 {
+    metrics::BAD_REQUESTS.add(1);
+    tracing::warn!(target: virtio::GUEST, "A request is refused: {bad}");
+    match *bad {
+        Bad::Unanswerable => 0,
+        Bad::Refused { unique, errno, .. } => write_header(chain.writable(), unique, errno, HEADER),
+    }
+}
+
+impl Serve for FsQueue {
+    fn serve(&mut self, _index: u16, chain: &Chain, attempt: &mut Attempt<'_>) -> Served {
+        self.request(chain, attempt)
+    }
+
+    fn refuse(&mut self, _index: u16, chain: &Chain) -> u32 {
+        let Some((header, _)) = chain.readable().take_array::<40>() else { return 0 };
+        let [_, _, _, _, o0, o1, o2, o3, u0, u1, u2, u3, u4, u5, u6, u7, ..] = header;
+        let silent = matches!(u32::from_le_bytes([o0, o1, o2, o3]), opcode::FORGET | opcode::BATCH_FORGET);
+        if silent || chain.writable().len() < HEADER {
+            return 0;
+        }
+        write_header(chain.writable(), u64::from_le_bytes([u0, u1, u2, u3, u4, u5, u6, u7]), libc::EIO, HEADER)
+    }
+
+    fn settle(&mut self, slot: &mut Slot) {
+        while let Some(outcome) = self.pool.next() {
+            slot.finish(outcome.ticket, |chain| answer(chain, outcome.unique, outcome.done));
+        }
+    }
+
+    fn poller(&mut self) -> Option<&mut Poller> {
+        Some(&mut self.poller)
+    }
+
+    fn sources(&self, _slots: &Slots) -> [Option<Source<'_>>; SOURCES] {
+        [self.pool.bell().map(|bell| (bell, PollFlags::IN)), None]
+    }
+
+    fn ready(&mut self, _which: usize, _events: PollFlags, slots: &mut Slots) {
+        self.pool.heard();
+        for slot in slots.iter_mut() {
+            slot.wake();
+        }
+    }
+
+    fn stopping(&mut self, index: u16, slots: &mut Slots) {
+        let Some(slot) = slots.get(index) else { return };
+        while slot.in_hand() > 0 {
+            self.pool.wait();
+            self.settle(slot);
+        }
+    }
+}
