@@ -4,10 +4,10 @@
 //! decided in the guest, and the thread's capabilities do not change with its ids. So a thread changes them only where it makes something, and only if
 //! it was somebody else before. After an error it goes back to what it was at the start.
 
-use caps::{CapSet, Capability};
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use sandbox::Capability;
 
 /// Ids of a thread, as it has them at the moment.
 #[derive(Debug)]
@@ -62,10 +62,10 @@ impl Credentials {
 
     /// Does something, where this is so with the right to keep set-user-id and set-group-id bits, which no thread has otherwise.
     pub fn keeping_ids_if<T>(&mut self, keep: bool, act: impl FnOnce() -> T) -> T {
-        let raised = keep && self.several && caps::raise(None, CapSet::Effective, Capability::CAP_FSETID).is_ok();
+        let raised = keep && self.several && sandbox::raise(&[Capability::CAP_FSETID]).is_ok();
         let done = act();
         if raised {
-            let _it_was_lowered_before = caps::drop(None, CapSet::Effective, Capability::CAP_FSETID);
+            let _it_was_lowered_before = sandbox::lower(&[Capability::CAP_FSETID]);
         }
         done
     }

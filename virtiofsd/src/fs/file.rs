@@ -47,12 +47,15 @@ impl Share {
         if self.settings.preserve_noatime {
             how |= asked & OFlags::NOATIME;
         }
-        if self.agreed(init::WRITEBACK_CACHE) {
-            // The guest reads what it writes a part of, and knows where the end is.
-            if asked & OFlags::RWMODE == OFlags::WRONLY {
-                how = (how - OFlags::RWMODE) | OFlags::RDWR;
-            }
+        let writeback = self.agreed(init::WRITEBACK_CACHE);
+        if writeback {
+            // The guest knows where the end is.
             how -= OFlags::APPEND;
+        }
+        let (reads, writes) = (asked & OFlags::RWMODE == OFlags::RDONLY, asked & OFlags::RWMODE == OFlags::WRONLY);
+        // What is emptied is written; a guest that collects writes reads what it writes a part of.
+        if (reads && asked.contains(OFlags::TRUNC)) || (writes && writeback) {
+            how = (how - OFlags::RWMODE) | OFlags::RDWR;
         }
         how
     }
