@@ -112,7 +112,7 @@ fn main() -> ExitCode {
             println!("{}", serve(&share.root, &args));
             // The end of a thread takes calls that no filter has.
             loop {
-                std::thread::park();
+                let _nothing_to_wait_for = poll(&mut [], None);
             }
         };
         confined.spawn(SERVE, SERVE.to_owned(), body)?;
