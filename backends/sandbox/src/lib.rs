@@ -11,13 +11,15 @@
 //!    network namespace ([`NetNamespace`]; making one each time is what makes a restart slow). The pidfd is that of the worker
 //!    itself: a wrapper that is killed would leave the worker alive, and two workers would serve one ring. The child writes
 //!    its id maps while it is still dumpable, takes only the descriptors it was given, and executes the program.
-//! 2. The program opens what its arguments name. Paths are still there.
+//! 2. The program opens what its arguments name. Paths are still there. A file server takes its share out of the tree ([`detach`]).
 //! 3. [`confine`]: a private mount tree; no further user namespaces, since each brings all capabilities back; an empty, read-only
 //!    root, no `/proc`; limits; capabilities, whose bounding set must go while there is still the right to change it; no new
 //!    privileges; no memory that is both writable and executable; not dumpable; Landlock at last, because nothing can be
-//!    mounted inside of it.
+//!    mounted inside of it. [`Needs`] says what of its policy a program keeps: for most that is nothing.
 //! 4. Threads start, and each, the first one too, installs its own [`Filter`] of system calls.
 //! 5. The first byte of a guest or a peer is read.
+//!
+//! A program is its caller alone, unless it is asked to act in the name of others ([`Identity`]).
 //!
 //! What a kernel lacks is an error that says so ([`Floor`]), never a layer that is silently left out; a person may ask for a
 //! lower floor by name, and there is no floor called "none".

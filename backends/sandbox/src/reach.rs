@@ -22,6 +22,9 @@ pub enum Access {
 
 /// A share that stays reachable, by paths that begin at its descriptor. It is best a mount of its own ([`crate::detach`]): the
 /// root's `..` then leads nowhere.
+///
+/// File handles are no paths. Who keeps `CAP_DAC_READ_SEARCH` and has `open_by_handle_at` in a filter can make a handle of any file
+/// of the file system the share is on, and Landlock takes that for a file of the share (measured with Linux 6.18).
 #[derive(Clone, Copy, Debug)]
 pub struct Reach<'a> {
     /// A directory, or a single file.

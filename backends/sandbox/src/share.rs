@@ -2,7 +2,12 @@
 //!
 //! A process that serves files keeps one thing of the host after [`crate::confine`]: a mount of its own of what it shares, attached
 //! nowhere. It has no parent, so `..` at its root is the root; an absolute symbolic link leads to the process's root, which is empty.
-//! There is no path to it either: whoever wants something there begins at the descriptor.
+//! There is no path to it either: whoever wants something there begins at the descriptor. What the host mounts beneath it later does
+//! not appear.
+//!
+//! A descriptor that only names a file (`O_PATH`) is opened for reading or writing by its number in `/proc/self/fd`. A process
+//! keeps that folder the same way, as a mount of its own: nothing else of `/proc` can be reached from it, and what is opened by
+//! it has to be beneath a share, too. It is nothing that Landlock has to be told of.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! Backends that break the rules on purpose, for frontends to survive.
+//! Backends that break the rules on purpose, for frontends to survive. (`server.rs` is a program apart: a file server that has been
+//! taken over, for the sandbox to hold.)
 //!
 //! Each [`Behaviour`] is an ordinary entropy source or disk but for one thing. What it does not break it does right: a frontend
 //! gets as far as the thing, and meets it.

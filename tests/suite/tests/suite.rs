@@ -16,6 +16,7 @@ mod suite {
     mod escapes;
     mod fs;
     mod hostile;
+    mod identities;
     mod kills;
     mod late_writes;
     mod measures;

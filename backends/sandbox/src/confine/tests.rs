@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -77,7 +77,7 @@ fn the_part() {
     match part.as_str() {
         "share" => share(&place, Access::ReadWrite),
         "read-only" => share(&place, Access::ReadOnly),
-        "file" => one_file(&place),
+        "again" => again(&place),
         "submounts" => submounts(&place),
         "locked" => locked(),
         "served" => served(&place),
@@ -172,19 +172,30 @@ fn beneath_a_read_only_share_nothing_is_written() {
     assert_eq!(fs::read_to_string(scratch.0.join("share/one/file")).unwrap(), "words");
 }
 
-fn one_file(place: &Path) {
+/// What is open without the right to read or write has to be opened again for that: by its number, in a mount of `/proc/self/fd` that
+/// is attached nowhere either.
+fn again(place: &Path) {
     let taken = detach(CWD, &place.join("share/one/file"), Detach::default()).unwrap();
+    let beside = open(place.join("secret"), OFlags::PATH, Mode::empty()).unwrap();
+    let own = detach(CWD, Path::new("/proc/self/fd"), Detach { read_only: true, submounts: false }).unwrap();
     let reach = [Reach { root: taken.root.as_fd(), access: Access::ReadWrite }];
     confined(&Needs { reach: &reach, ..Needs::default() }).unwrap();
-    // A path to an open file begins in /proc, which is not there; a program opens it before.
-    tell("beside", open_beneath(&taken.root, "../file", OFlags::RDONLY));
-    tell("a file again", rustix::fs::statat(&taken.root, "", AtFlags::EMPTY_PATH));
+    let number = |fd: &OwnedFd| fd.as_raw_fd().to_string();
+    tell("beneath a file", open_beneath(&taken.root, "../file", OFlags::RDONLY));
+    tell("without a path", open_beneath(&taken.root, "", OFlags::RDONLY));
+    tell("by its number", open_beneath(&own.root, &number(&taken.root), OFlags::RDWR | OFlags::TRUNC));
+    tell("a leak by its number", open_beneath(&own.root, &number(&beside), OFlags::RDONLY));
+    tell("the process", open_beneath(&own.root, "../status", OFlags::PATH));
+    tell("the system", open_beneath(&own.root, "../../uptime", OFlags::PATH));
 }
 
 #[test]
-fn a_single_file_can_be_a_share() {
-    let scratch = place("file");
-    assert_eq!(play("file", &scratch.0), ["beside: ENOTDIR", "a file again: done"]);
+fn a_single_file_can_be_a_share_and_what_is_open_can_be_opened_again() {
+    let scratch = place("again");
+    let said = play("again", &scratch.0);
+    assert_eq!(said[..3], ["beneath a file: ENOTDIR", "without a path: ENOENT", "by its number: done"]);
+    assert_eq!(said[3..], ["a leak by its number: EACCES", "the process: ENOENT", "the system: ENOENT"]);
+    assert_eq!(fs::read_to_string(scratch.0.join("share/one/file")).unwrap(), "");
 }
 
 fn submounts(place: &Path) {

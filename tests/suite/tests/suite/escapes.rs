@@ -16,10 +16,18 @@ fn server(name: &str, scratch: &Scratch) -> (PathBuf, Vec<String>) {
     let own: &[&str] = match name {
         "outboard-blk" => &["--format", "raw", "--blk-file", &image],
         "outboard-console" => &["--file", &log],
+        "outboard-evil-server" => return (program(name), vec!["--shared-dir".to_owned(), share(scratch)]),
         _ => &[],
     };
     let args = ["--socket-path", &socket].into_iter().chain(own.iter().copied());
     (program(name), args.map(str::to_owned).collect())
+}
+
+/// A directory to be served, which is not the one that the attempts are about.
+fn share(scratch: &Scratch) -> String {
+    let share = scratch.path("share");
+    std::fs::create_dir_all(&share).unwrap();
+    share.to_str().unwrap().to_owned()
 }
 
 fn ends_whoever_tries(name: &str) {
@@ -45,12 +53,18 @@ fn whoever_has_taken_the_console_over_gets_nowhere() {
     ends_whoever_tries("outboard-console");
 }
 
+/// It may open files, beneath its share and with another call than those that are tried.
+#[test]
+fn whoever_has_taken_a_file_server_over_gets_nowhere() {
+    ends_whoever_tries("outboard-evil-server");
+}
+
 /// With one layer left out at a time, this is also the proof that the test would notice.
 #[test]
 fn each_layer_stops_something_that_the_others_do_not() {
     let scratch = Scratch::new();
     let outside = Outside::new(scratch.path("outside.sock"));
-    for name in ["outboard-rng", "outboard-blk", "outboard-console"] {
+    for name in ["outboard-rng", "outboard-blk", "outboard-console", "outboard-evil-server"] {
         let (program, args) = server(name, &scratch);
         if can_trace() && has_all_layers() {
             layers_answer_as_they_should(&program, &args, 1, &outside);
