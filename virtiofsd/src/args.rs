@@ -249,7 +249,11 @@ impl Arguments for Args {
         if !self.uid_map.is_empty() || !self.gid_map.is_empty() {
             let ranges = |maps: &[Map], own: u32| -> Vec<IdRange> {
                 let range = |map: &Map| IdRange { inside: map.inside, outside: map.outside, count: map.count };
-                if maps.is_empty() { vec![IdRange { inside: 0, outside: own, count: 1 }] } else { maps.iter().map(range).collect() }
+                if maps.is_empty() {
+                    vec![IdRange { inside: 0, outside: own, count: 1 }]
+                } else {
+                    maps.iter().map(range).collect()
+                }
             };
             let gid = rustix::process::getegid().as_raw();
             return Ok(Identity::Ranges { uids: ranges(&self.uid_map, geteuid().as_raw()), gids: ranges(&self.gid_map, gid) });
@@ -322,7 +326,10 @@ impl Config {
         };
         let translated = !args.translate_uid.is_empty() || !args.translate_gid.is_empty();
         let settings = settings(args)?;
-        ensure!(!(translated && settings.posix_acl), "--translate-uid and --translate-gid cannot be used with --posix-acl: ids in access control lists are not translated");
+        ensure!(
+            !(translated && settings.posix_acl),
+            "--translate-uid and --translate-gid cannot be used with --posix-acl: ids in access control lists are not translated"
+        );
         let descriptors = descriptors(args)?;
         let cached = (descriptors / 4).min(CACHED);
         let files = descriptors.saturating_sub(OWN_DESCRIPTORS).saturating_sub(cached);

@@ -16,8 +16,8 @@ use crate::args::{Config, TAG};
 use crate::fs::{Share, Thread};
 use crate::pool::{Jobs, Pool, work};
 use crate::queue::FsQueue;
-use crate::sys;
 use crate::sandbox::{POOL, POOL_OF_MANY, QUEUE, QUEUE_OF_MANY};
+use crate::sys;
 
 /// The virtio device id of a file system.
 const ID: u32 = 26;
@@ -52,10 +52,15 @@ impl Fs {
         let jobs = Arc::new(Jobs::default());
         for index in 0..config.pool {
             let (jobs, share) = (Arc::clone(&jobs), Arc::clone(&share));
-            confined.spawn_prepared(pool, format!("slow{index}"), move || prepare(several), move |thread| match thread {
-                Ok(thread) => work(&jobs, &share, thread),
-                Err(error) => tracing::error!("A thread cannot be used: {error}"),
-            })?;
+            confined.spawn_prepared(
+                pool,
+                format!("slow{index}"),
+                move || prepare(several),
+                move |thread| match thread {
+                    Ok(thread) => work(&jobs, &share, thread),
+                    Err(error) => tracing::error!("A thread cannot be used: {error}"),
+                },
+            )?;
         }
         let mut workers = Vec::new();
         for index in 0..=config.queues {
@@ -63,10 +68,15 @@ impl Fs {
             let (pool, share) = (Pool::new(Arc::clone(&jobs))?, Arc::clone(&share));
             let poller = Poller::new(if index == 0 { Duration::ZERO } else { config.poll }, processors);
             let name = if index == 0 { "urgent".to_owned() } else { format!("queue{index}") };
-            confined.spawn_prepared(queue, name, move || prepare(several), move |thread| match thread {
-                Ok(thread) => run(FsQueue::new(share, thread, pool, poller), mailbox),
-                Err(error) => tracing::error!("A queue cannot be served: {error}"),
-            })?;
+            confined.spawn_prepared(
+                queue,
+                name,
+                move || prepare(several),
+                move |thread| match thread {
+                    Ok(thread) => run(FsQueue::new(share, thread, pool, poller), mailbox),
+                    Err(error) => tracing::error!("A queue cannot be served: {error}"),
+                },
+            )?;
             workers.push(worker);
         }
         let (space, tagged) = space(config);

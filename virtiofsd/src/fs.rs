@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use virtio::Buffer;
 
 use crate::identity::Credentials;
+use crate::magic::Magic;
 use crate::owner::Owners;
 use crate::reply::{Attr, Timeouts};
 use crate::request::{Dialect, Operation, Request};
@@ -89,6 +90,7 @@ pub struct Share {
     pub(crate) settings: Settings,
     pub(crate) owners: Owners,
     session: Session,
+    pub(crate) magic: Magic,
 }
 
 /// What was agreed on with the guest.
@@ -156,8 +158,8 @@ const EMPTY: Done = Done::Answer(0);
 
 impl Share {
     /// A share of what `root` refers to.
-    pub(crate) fn new(tree: Tree, settings: Settings, owners: Owners) -> Share {
-        Share { tree, settings, owners, session: Session::default() }
+    pub(crate) fn new(tree: Tree, magic: Magic, settings: Settings, owners: Owners) -> Share {
+        Share { tree, settings, owners, session: Session::default(), magic }
     }
 
     /// How requests of this session are to be read.

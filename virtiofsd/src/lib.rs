@@ -5,6 +5,7 @@ pub mod args;
 pub mod device;
 pub mod fs;
 pub mod identity;
+mod magic;
 pub mod metrics;
 pub mod owner;
 pub mod pool;

@@ -88,8 +88,11 @@ const FILES: &[Rule] = &[
     allow(libc::SYS_fsync, "what was written reaches the disk"),
     allow(libc::SYS_fdatasync, "what was written reaches the disk"),
     allow(libc::SYS_syncfs, "what was written reaches the disk"),
-    allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)], "a file without a name, opened once more"),
-    allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_GETFL as u32)], "for what such a file was opened"),
+    allow_if(
+        libc::SYS_fcntl,
+        &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)],
+        "a file that never had a name is kept; some file systems say what went wrong when a descriptor is closed",
+    ),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::GET_FLAGS)], "flags of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::SET_FLAGS)], "flags of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::GET_MORE)], "flags and project of a file"),

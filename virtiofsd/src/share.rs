@@ -9,6 +9,7 @@ use sandbox::{Access, Detach, Reach, detach};
 
 use crate::args::{Config, Place};
 use crate::fs::Share;
+use crate::magic::Magic;
 use crate::tree::{Budget, Tree};
 
 /// A share that was taken out of the tree it is in.
@@ -16,6 +17,7 @@ use crate::tree::{Budget, Tree};
 pub struct Opened {
     root: OwnedFd,
     one_mount: bool,
+    magic: Magic,
 }
 
 impl Opened {
@@ -37,7 +39,7 @@ impl Opened {
         if kind != FileType::Directory {
             bail!("Cannot share {}: it is no directory", config.place);
         }
-        Ok(Opened { root, one_mount })
+        Ok(Opened { root, one_mount, magic: Magic::open()? })
     }
 
     /// What stays within reach.
@@ -61,7 +63,8 @@ impl Opened {
             descriptors: usize::try_from(config.cached_descriptors).unwrap_or(usize::MAX),
             handles: config.max_handles,
         };
-        let tree = Tree::new(self.root, budget, self.one_mount, bytes.map(u64::from_ne_bytes)).context("Cannot look at the share")?;
-        Ok(Share::new(tree, config.settings.clone(), config.owners.clone()))
+        let tree =
+            Tree::new(self.root, budget, self.one_mount, bytes.map(u64::from_ne_bytes)).context("Cannot look at the share")?;
+        Ok(Share::new(tree, self.magic, config.settings.clone(), config.owners.clone()))
     }
 }

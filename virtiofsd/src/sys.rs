@@ -41,16 +41,16 @@ pub fn fchmodat2(file: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
     check(unsafe { libc::syscall(libc::SYS_fchmodat2, file.as_raw_fd(), c"".as_ptr(), mode, libc::AT_EMPTY_PATH) }).map(drop)
 }
 
-/// Sets an extended attribute of what a descriptor refers to (Linux 6.13).
+/// Sets an extended attribute of the file of a name (Linux 6.13). A magic link is followed.
 ///
 /// # Errors
 /// As above.
-pub fn setxattrat(file: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
+pub fn setxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
     let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
     let args = XattrArgs { value: value.as_ptr().addr() as u64, size, flags };
-    let (fd, path, name) = (file.as_raw_fd(), c"".as_ptr(), name.as_ptr());
+    let (fd, path, name) = (dir.as_raw_fd(), path.as_ptr(), name.as_ptr());
     // SAFETY: the strings end in NUL; the structure and the `size` bytes it points to are only read, and outlive the call.
-    let done = unsafe { libc::syscall(SETXATTRAT, fd, path, libc::AT_EMPTY_PATH, name, &raw const args, size_of::<XattrArgs>()) };
+    let done = unsafe { libc::syscall(SETXATTRAT, fd, path, 0, name, &raw const args, size_of::<XattrArgs>()) };
     check(done).map(drop)
 }
 
@@ -58,13 +58,13 @@ pub fn setxattrat(file: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: u32) -
 ///
 /// # Errors
 /// As above.
-pub fn getxattrat(file: BorrowedFd<'_>, name: &CStr, value: &mut [u8]) -> Result<usize, Errno> {
+pub fn getxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &mut [u8]) -> Result<usize, Errno> {
     let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
     let args = XattrArgs { value: value.as_mut_ptr().addr() as u64, size, flags: 0 };
     value.as_mut_ptr().expose_provenance();
-    let (fd, path, name) = (file.as_raw_fd(), c"".as_ptr(), name.as_ptr());
+    let (fd, path, name) = (dir.as_raw_fd(), path.as_ptr(), name.as_ptr());
     // SAFETY: as above; the kernel writes at most `size` bytes to where the structure points, which is `value`, borrowed until then.
-    let got = unsafe { libc::syscall(GETXATTRAT, fd, path, libc::AT_EMPTY_PATH, name, &raw const args, size_of::<XattrArgs>()) };
+    let got = unsafe { libc::syscall(GETXATTRAT, fd, path, 0, name, &raw const args, size_of::<XattrArgs>()) };
     check(got)
 }
 
@@ -72,20 +72,20 @@ pub fn getxattrat(file: BorrowedFd<'_>, name: &CStr, value: &mut [u8]) -> Result
 ///
 /// # Errors
 /// As above.
-pub fn listxattrat(file: BorrowedFd<'_>, list: &mut [u8]) -> Result<usize, Errno> {
-    let (fd, path) = (file.as_raw_fd(), c"".as_ptr());
+pub fn listxattrat(dir: BorrowedFd<'_>, path: &CStr, list: &mut [u8]) -> Result<usize, Errno> {
+    let (fd, path) = (dir.as_raw_fd(), path.as_ptr());
     // SAFETY: the kernel writes at most as many bytes as `list` has.
-    check(unsafe { libc::syscall(LISTXATTRAT, fd, path, libc::AT_EMPTY_PATH, list.as_mut_ptr(), list.len()) })
+    check(unsafe { libc::syscall(LISTXATTRAT, fd, path, 0, list.as_mut_ptr(), list.len()) })
 }
 
 /// Removes an extended attribute.
 ///
 /// # Errors
 /// As above.
-pub fn removexattrat(file: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
-    let (fd, path) = (file.as_raw_fd(), c"".as_ptr());
+pub fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Result<(), Errno> {
+    let (fd, path) = (dir.as_raw_fd(), path.as_ptr());
     // SAFETY: both strings end in NUL.
-    check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, libc::AT_EMPTY_PATH, name.as_ptr()) }).map(drop)
+    check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, 0, name.as_ptr()) }).map(drop)
 }
 
 /// What to do with a lock of an open file.

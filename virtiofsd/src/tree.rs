@@ -428,7 +428,17 @@ fn gone(errno: Errno) -> Errno {
 /// File systems for which another machine or another process is asked.
 fn is_slow(file: &OwnedFd) -> bool {
     const SLOW: [u64; 11] = [
-        0x6969, 0xff53_4d42, 0xfe53_4d42, 0x517b, 0x6573_5546, 0x0102_1997, 0x00c3_6400, 0x5346_414f, 0x7375_7245, 0x0bd0_0bd0, 0x2bad_1dea,
+        0x6969,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x517b,
+        0x6573_5546,
+        0x0102_1997,
+        0x00c3_6400,
+        0x5346_414f,
+        0x7375_7245,
+        0x0bd0_0bd0,
+        0x2bad_1dea,
     ];
     rustix::fs::fstatfs(file).is_ok_and(|about| SLOW.contains(&about.f_type.cast_unsigned()))
 }

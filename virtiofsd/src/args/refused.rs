@@ -54,7 +54,9 @@ impl Refused {
             bail!("--socket-group: put the socket into a directory that this group may enter, or hand it over with --fd");
         }
         if self.syslog {
-            bail!("--syslog: the log goes to standard error, where systemd and outboard take it; --log-format json is for machines");
+            bail!(
+                "--syslog: the log goes to standard error, where systemd and outboard take it; --log-format json is for machines"
+            );
         }
         if let Some(options) = self.compat.first() {
             bail!("-o {options}: give each option by its own name, as in --cache=auto; --help lists them");
@@ -65,7 +67,11 @@ impl Refused {
         if self.security_label.as_deref().is_some_and(|when| when == "always") {
             bail!("--security-label: a guest's labels would be taken for this host's. Leave it out, or say never");
         }
-        if self.migration_mode.is_some() || self.migration_on_error.is_some() || self.migration_verify_handles || self.migration_confirm_paths {
+        if self.migration_mode.is_some()
+            || self.migration_on_error.is_some()
+            || self.migration_verify_handles
+            || self.migration_confirm_paths
+        {
             bail!("--migration-...: open files cannot move to another host yet. Leave it out");
         }
         Ok(())

@@ -109,7 +109,9 @@ fn grant(table: &str, uid: u32) -> Result<(u32, u32)> {
             }
         }
     }
-    bail!("{table} grants no subordinate ids to user {uid}: add some with usermod --add-subuids 100000-165535 --add-subgids 100000-165535, or use --owner-map me")
+    bail!(
+        "{table} grants no subordinate ids to user {uid}: add some with usermod --add-subuids 100000-165535 --add-subgids 100000-165535, or use --owner-map me"
+    )
 }
 
 fn user_name(uid: u32) -> Option<String> {

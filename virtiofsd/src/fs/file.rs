@@ -70,7 +70,9 @@ impl Share {
             return Ok((file, stat));
         }
         let Some((parent, name, identity)) = self.tree.named(node)? else {
-            return self.borrow(node, how);
+            let file = self.magic.reopen(self.tree.fd(node)?.as_fd(), how)?;
+            let stat = look(&file, c"")?;
+            return Ok((file, stat));
         };
         let dir = self.tree.fd(parent)?;
         let file = openat2(&dir, name.as_c_str(), how, Mode::empty(), resolve);
@@ -79,22 +81,6 @@ impl Share {
         if self.tree.identify_open(&stat, &file)? != identity {
             return Err(Errno::STALE);
         }
-        Ok((file, stat))
-    }
-
-    /// A file without a name cannot be opened; one that is open already is as good, if it was opened for as much.
-    fn borrow(&self, node: u64, how: OFlags) -> Result<(OwnedFd, Statx), Errno> {
-        if node == ROOT {
-            return Err(Errno::STALE);
-        }
-        let wanted = how & OFlags::RWMODE;
-        let fits = |handle: &Handle| {
-            let has = rustix::fs::fcntl_getfl(&handle.file).map(|flags| flags & OFlags::RWMODE);
-            has.is_ok_and(|has| has == OFlags::RDWR || has == wanted)
-        };
-        let handle = self.tree.handles.find(node, fits).ok_or(Errno::STALE)?;
-        let file = rustix::io::fcntl_dupfd_cloexec(&handle.file, 3)?;
-        let stat = look(&file, c"")?;
         Ok((file, stat))
     }
 

@@ -50,7 +50,8 @@ impl Share {
             Way::Open(fd) => look(&fd, c""),
             Way::Named { parent, name, identity } => {
                 let dir = self.tree.fd(parent)?;
-                let stat = look(&dir, name.as_c_str()).map_err(|errno| if errno == Errno::NOENT { Errno::STALE } else { errno })?;
+                let stat =
+                    look(&dir, name.as_c_str()).map_err(|errno| if errno == Errno::NOENT { Errno::STALE } else { errno })?;
                 let found = self.tree.identify(&stat, &dir, name.as_c_str())?;
                 if found == identity { Ok(stat) } else { Err(Errno::STALE) }
             }

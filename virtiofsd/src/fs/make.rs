@@ -57,7 +57,10 @@ impl Share {
             0 => FileType::RegularFile,
             kind => FileType::from_raw_mode(kind),
         };
-        if !matches!(kind, FileType::RegularFile | FileType::Fifo | FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice) {
+        if !matches!(
+            kind,
+            FileType::RegularFile | FileType::Fifo | FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice
+        ) {
             return Err(Errno::INVAL);
         }
         let device = makedev((device & 0xf_ff00) >> 8, (device & 0xff) | ((device >> 12) & 0xf_ff00));

@@ -28,7 +28,9 @@ impl Share {
 
     pub(super) fn set_xattr(&self, node: u64, name: &CStr, value: &[u8], flags: u32) -> Outcome {
         let name = self.xattr_name(name)?;
-        match sys::setxattrat(self.tree.fd(node)?.as_fd(), name, value, flags) {
+        let fd = self.tree.fd(node)?;
+        let (dir, path) = self.magic.name(fd.as_fd());
+        match sys::setxattrat(dir, path.as_c_str(), name, value, flags) {
             Err(Errno::NOSYS) => fsetxattr(self.file_of(node)?, name, value, XattrFlags::from_bits_retain(flags))?,
             set => set?,
         }
@@ -39,7 +41,9 @@ impl Share {
         let name = self.xattr_name(name)?;
         let room = usize::try_from(size).unwrap_or_default().min(thread.told.len());
         let value = thread.told.get_mut(..room).unwrap_or_default();
-        let len = match sys::getxattrat(self.tree.fd(node)?.as_fd(), name, value) {
+        let fd = self.tree.fd(node)?;
+        let (dir, path) = self.magic.name(fd.as_fd());
+        let len = match sys::getxattrat(dir, path.as_c_str(), name, value) {
             Err(Errno::NOSYS) => fgetxattr(self.file_of(node)?, name, &mut *value)?,
             got => got?,
         };
@@ -52,7 +56,9 @@ impl Share {
         }
         let room = usize::try_from(size).unwrap_or_default().min(thread.told.len());
         let list = thread.told.get_mut(..room).unwrap_or_default();
-        let len = match sys::listxattrat(self.tree.fd(node)?.as_fd(), list) {
+        let fd = self.tree.fd(node)?;
+        let (dir, path) = self.magic.name(fd.as_fd());
+        let len = match sys::listxattrat(dir, path.as_c_str(), list) {
             Err(Errno::NOSYS) => flistxattr(self.file_of(node)?, &mut *list)?,
             got => got?,
         };
@@ -61,7 +67,9 @@ impl Share {
 
     pub(super) fn remove_xattr(&self, node: u64, name: &CStr) -> Outcome {
         let name = self.xattr_name(name)?;
-        match sys::removexattrat(self.tree.fd(node)?.as_fd(), name) {
+        let fd = self.tree.fd(node)?;
+        let (dir, path) = self.magic.name(fd.as_fd());
+        match sys::removexattrat(dir, path.as_c_str(), name) {
             Err(Errno::NOSYS) => fremovexattr(self.file_of(node)?, name)?,
             removed => removed?,
         }

@@ -88,13 +88,6 @@ impl Handles {
         Ok(removed)
     }
 
-    /// Any open file of this inode that `fits`.
-    pub(crate) fn find(&self, node: u64, fits: impl Fn(&Handle) -> bool) -> Option<Arc<Handle>> {
-        let number = (node ^ (node >> 6)) % SHARDS;
-        let shard = self.lock(number);
-        shard.iter().find(|handle| handle.node == node && fits(handle)).map(Arc::clone)
-    }
-
     pub(crate) fn clear(&self) {
         for shard in &self.shards {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);

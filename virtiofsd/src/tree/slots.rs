@@ -120,11 +120,6 @@ impl<T> Slots<T> {
         }
     }
 
-    /// All that is in the table.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
-        self.blocks.iter().flatten().filter_map(|slot| slot.value.as_ref())
-    }
-
     fn slot_mut(&mut self, place: u32) -> Option<&mut Slot<T>> {
         let place = usize::try_from(place).ok()?;
         self.blocks.get_mut(place / BLOCK)?.get_mut(place % BLOCK)
