@@ -96,7 +96,7 @@ pub struct Dialect {
 }
 
 /// A checked request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request<'a> {
     /// The guest's number for it, for the answer and for an interruption.
     pub unique: u64,
@@ -113,7 +113,7 @@ pub struct Request<'a> {
 }
 
 /// What is asked, with what it takes. Sizes are at most what the chain has room for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of linux/fuse.h")]
 pub enum Operation<'a> {
     Init {
