@@ -30,7 +30,7 @@ mod parse;
 
 use std::ffi::CStr;
 
-pub use fetch::{BoxedRequest, Fetched, Scratch, fetch, fetch_bytes};
+pub use fetch::{BoxedRequest, Fetched, Scratch, data, fetch, fetch_bytes, forgotten};
 pub use name::MAX_NAME;
 pub use parse::parse;
 
@@ -130,7 +130,7 @@ pub enum Operation<'a> {
     Forget {
         count: u64,
     },
-    /// So many pairs of inode and count follow the arguments in the chain, all of them there.
+    /// So many pairs of inode and count follow the arguments in the chain, all of them there ([`forgotten`]).
     BatchForget {
         count: u32,
     },
@@ -200,7 +200,7 @@ pub enum Operation<'a> {
         size: u32,
         flags: u32,
     },
-    /// The data follows the arguments in the chain, all of it there.
+    /// The data follows the arguments in the chain, all of it there ([`data`]).
     Write {
         handle: u64,
         offset: u64,

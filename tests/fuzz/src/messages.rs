@@ -33,6 +33,11 @@ pub fn virtiofsd(mut bytes: Bytes<'_>) {
     let outcome = fetched.parse(dialect);
     let boxed = fetched.boxed();
     assert_eq!(boxed.parse(dialect), outcome, "the copy means the same");
+    let mut all = vec![0; fetched.room().readable.min(0x2_0000) as usize];
+    chain.readable().copy_to(&mut all);
+    assert_eq!(request::parse(&all, fetched.room(), dialect).ok(), outcome.ok(), "nothing is missing that matters");
+    let pairs = request::forgotten(&chain).count();
+    assert!(pairs as u64 * 16 <= u64::from(chain.readable().len()));
     match outcome {
         Ok(request) => good(&request, &fetched),
         Err(Bad::Unanswerable) => {

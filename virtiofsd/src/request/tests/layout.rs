@@ -95,8 +95,21 @@ fn data_stays_in_the_chain() {
     assert_eq!(fetched.bytes(), &bytes[..80]);
     assert_eq!(fetched.room(), Room { readable: 80 + 0x1_0000, writable: 0x100 });
     assert!(matches!(fetched.parse(LONG).unwrap().operation, Operation::Write { size: 0x1_0000, .. }));
-    let pairs = [w(&[100, 0]), vec![0; 1600]].concat();
-    let fetched = fetch_bytes(&chain(&memory, &message(opcode::BATCH_FORGET, &pairs), &[], 0), &mut scratch).unwrap();
+    let chain = chain(&memory, &bytes, &[40, 80], 0x100);
+    let mut copy = vec![0; 0x1_0001];
+    assert_eq!((data(&chain, 4).len(), data(&chain, u32::MAX).copy_to(&mut copy)), (4, 0x1_0000));
+    assert_eq!((copy[0], copy[0xffff]), (1, 1));
+}
+
+#[test]
+fn what_is_forgotten_stays_in_the_chain() {
+    let memory = memory();
+    let mut scratch = Scratch::new();
+    let pairs: Vec<(u64, u64)> = (0..100).map(|index| (index + 1, 1 << 40 | index)).collect();
+    let body = [w(&[100, 0]), pairs.iter().flat_map(|(node, count)| q(&[*node, *count])).collect()].concat();
+    let chain = chain(&memory, &message(opcode::BATCH_FORGET, &body), &[40, 50, 61], 0);
+    let fetched = fetch_bytes(&chain, &mut scratch).unwrap();
+    assert_eq!(forgotten(&chain).collect::<Vec<_>>(), pairs);
     assert_eq!(fetched.bytes().len(), 48);
     assert_eq!(fetched.parse(LONG).unwrap().operation, Operation::BatchForget { count: 100 });
 }
