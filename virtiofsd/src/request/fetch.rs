@@ -63,7 +63,7 @@ impl<'a> Fetched<'a> {
         self.room
     }
 
-    /// See [`parse`].
+    /// See [`parse()`].
     ///
     /// # Errors
     /// As there.
@@ -85,7 +85,7 @@ pub struct BoxedRequest {
 }
 
 impl BoxedRequest {
-    /// See [`parse`]. The answer is that of [`Fetched::parse`], if the dialect is.
+    /// See [`parse()`]. The answer is that of [`Fetched::parse`], if the dialect is.
     ///
     /// # Errors
     /// As there.
