@@ -30,7 +30,7 @@ mod parse;
 
 use std::ffi::CStr;
 
-pub use fetch::{BoxedRequest, Fetched, Scratch, fetch, fetch_bytes};
+pub use fetch::{BoxedRequest, Fetched, Scratch, data, fetch, fetch_bytes, forgotten};
 pub use name::MAX_NAME;
 pub use parse::parse;
 
@@ -96,7 +96,7 @@ pub struct Dialect {
 }
 
 /// A checked request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request<'a> {
     /// The guest's number for it, for the answer and for an interruption.
     pub unique: u64,
@@ -113,7 +113,7 @@ pub struct Request<'a> {
 }
 
 /// What is asked, with what it takes. Sizes are at most what the chain has room for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of linux/fuse.h")]
 pub enum Operation<'a> {
     Init {
@@ -130,7 +130,7 @@ pub enum Operation<'a> {
     Forget {
         count: u64,
     },
-    /// So many pairs of inode and count follow the arguments in the chain, all of them there.
+    /// So many pairs of inode and count follow the arguments in the chain, all of them there ([`forgotten`]).
     BatchForget {
         count: u32,
     },
@@ -200,7 +200,7 @@ pub enum Operation<'a> {
         size: u32,
         flags: u32,
     },
-    /// The data follows the arguments in the chain, all of it there.
+    /// The data follows the arguments in the chain, all of it there ([`data`]).
     Write {
         handle: u64,
         offset: u64,

@@ -18,6 +18,7 @@
 //! | `frontend_messages` | frontend | the backend's state machine, with descriptors |
 //! | `backend_messages` | backend | the frontend's session, with descriptors |
 //! | `request_blk`, `request_console`, `request_rng` | guest | each device's `request.rs` |
+//! | `request_virtiofsd` | guest | FUSE messages, spread over any descriptors |
 //! | `machine_file` | whoever wrote it | the machine file |
 //! | `metrics_page` | device process | the counters it shows the composer |
 //! | `registers` | guest | PCI configuration space and virtio-pci registers |
@@ -27,6 +28,7 @@
 pub mod bytes;
 pub mod corpus;
 pub mod images;
+pub mod messages;
 pub mod parsers;
 pub mod peers;
 pub mod registers;

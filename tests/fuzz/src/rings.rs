@@ -17,6 +17,13 @@ const DESC: u64 = 0;
 const AVAIL: u64 = 0x400;
 const USED: u64 = 0x800;
 
+/// Where a message lies that is spread over descriptors: from before the border of two regions to the end of the second.
+const MESSAGE: u64 = 0x1000;
+/// The region that stands alone.
+const APART: u64 = 0x8000;
+/// The device may write there.
+const WRITE: u16 = 2;
+
 thread_local! {
     static MEMORY: OnceCell<Arc<Memory>> = const { OnceCell::new() };
     static LOG: OnceCell<Arc<Memory>> = const { OnceCell::new() };
@@ -64,6 +71,37 @@ pub(crate) fn described(bytes: &mut Bytes<'_>) -> Option<Chain> {
     let mut chain = Chain::new(Arc::clone(&memory), size);
     chain.walk(span, size, head).ok()?;
     assert!(chain.descriptors() <= size, "{} descriptors of {size}", chain.descriptors());
+    Some(chain)
+}
+
+/// A chain of these bytes, cut at some of their places, and some room: what the input leaves open is how they are spread. Between two
+/// pieces a border of regions may lie. Long messages are made of many pieces of the same memory.
+pub(crate) fn spread(layout: &mut Bytes<'_>, message: &[u8]) -> Option<Chain> {
+    const SIZE: u16 = 64;
+    let memory = memory();
+    let message = &message[..message.len().min(0x2000)];
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    for _ in 0..layout.byte() % 16 {
+        let len = usize::from(layout.byte()).min(message.len() - at);
+        pieces.push((MESSAGE + at as u64, u32::try_from(len).expect("small"), 0));
+        at += len;
+    }
+    pieces.push((MESSAGE + at as u64, u32::try_from(message.len() - at).expect("small"), 0));
+    pieces.extend((0..layout.byte() % 24).map(|_| (APART, 0x1000, 0)));
+    for _ in 0..layout.byte() % 20 {
+        pieces.push((APART, u32::from(layout.u16() % 0x1001), WRITE));
+    }
+    let last = pieces.len() - 1;
+    for (index, (addr, len, flags)) in (0u16..).zip(pieces) {
+        let flags = flags | u16::from(usize::from(index) < last);
+        let descriptor = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &(index + 1).to_le_bytes()];
+        put(&memory, DESC + u64::from(index) * 16, &descriptor.concat());
+    }
+    put(&memory, MESSAGE, message);
+    let span = memory.span(DESC, u32::from(SIZE) * 16).expect("mapped");
+    let mut chain = Chain::new(Arc::clone(&memory), SIZE);
+    chain.walk(span, SIZE, 0).ok()?;
     Some(chain)
 }
 

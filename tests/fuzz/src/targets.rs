@@ -1,13 +1,13 @@
 //! The table of targets.
 
 use crate::bytes::Bytes;
-use crate::{images, parsers, peers, registers, rings};
+use crate::{images, messages, parsers, peers, registers, rings};
 
 /// A target: its name, and what it does with any bytes.
 pub type Target = (&'static str, fn(Bytes<'_>));
 
 /// All of them. Each has a program of its name in `fuzz_targets/`.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     ("backend_messages", peers::backend),
     ("chain", rings::chain),
     ("frontend_messages", peers::frontend),
@@ -22,6 +22,7 @@ pub const TARGETS: [Target; 14] = [
     ("request_blk", parsers::blk),
     ("request_console", parsers::console),
     ("request_rng", parsers::rng),
+    ("request_virtiofsd", messages::virtiofsd),
 ];
 
 /// Runs one of them.

@@ -1,6 +1,6 @@
 //! What may follow a message that makes something: the supplementary group that the parent belongs to, if it is one of the caller's
 //! (`FUSE_CREATE_SUPP_GROUP`). Linux sends that one or none, never a list, so a list is refused; security contexts are refused because
-//! they were not offered.
+//! they were not offered. Behind messages that make nothing no extension is looked for: their field in the header was padding once.
 
 use super::message::{Wrong, invalid};
 use crate::abi::extension::{GROUPS, HEADER, MAX_SECURITY_CONTEXT, UNIT};

@@ -1,8 +1,8 @@
 //! The one copy of a message.
 
-use std::fmt;
+use std::{fmt, iter};
 
-use virtio::Chain;
+use virtio::{Buffer, Chain};
 
 use super::{Bad, Dialect, MAX_NAME, MAX_TARGET, MAX_XATTR, Request, Room, parse};
 use crate::abi::{opcode, sent};
@@ -63,7 +63,7 @@ impl<'a> Fetched<'a> {
         self.room
     }
 
-    /// See [`parse`].
+    /// See [`parse()`].
     ///
     /// # Errors
     /// As there.
@@ -85,7 +85,7 @@ pub struct BoxedRequest {
 }
 
 impl BoxedRequest {
-    /// See [`parse`]. The answer is that of [`Fetched::parse`], if the dialect is.
+    /// See [`parse()`]. The answer is that of [`Fetched::parse`], if the dialect is.
     ///
     /// # Errors
     /// As there.
@@ -117,6 +117,24 @@ pub fn fetch_bytes<'a>(chain: &Chain, scratch: &'a mut Scratch) -> Result<Fetche
 /// [`Bad`]: whatever is wrong with it.
 pub fn fetch<'a>(chain: &Chain, dialect: Dialect, scratch: &'a mut Scratch) -> Result<Request<'a>, Bad> {
     fetch_bytes(chain, scratch)?.parse(dialect)
+}
+
+/// The data of a WRITE: so many bytes, or as many as there are. What the request says is there.
+pub fn data(chain: &Chain, size: u32) -> Buffer<'_> {
+    let (_, data) = chain.readable().split_at(sent::HEADER.saturating_add(sent::WRITE));
+    data.split_at(size).0
+}
+
+/// The pairs of a BATCH_FORGET: a node, and how many references to it are gone. Each is read when it is asked for, and once. There may be
+/// more of them in the chain than the request counts, which is to be kept to.
+pub fn forgotten(chain: &Chain) -> impl Iterator<Item = (u64, u64)> + use<'_> {
+    let (_, mut rest) = chain.readable().split_at(sent::HEADER.saturating_add(sent::BATCH_FORGET));
+    iter::from_fn(move || {
+        let (pair, after) = rest.take_array::<16>()?;
+        rest = after;
+        let [n0, n1, n2, n3, n4, n5, n6, n7, count @ ..] = pair;
+        Some((u64::from_le_bytes([n0, n1, n2, n3, n4, n5, n6, n7]), u64::from_le_bytes(count)))
+    })
 }
 
 /// Bytes of the longest message of a kind that is no nonsense; of those with data in the chain, what stands in front of that.
