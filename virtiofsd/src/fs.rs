@@ -14,6 +14,7 @@ use rustix::fs::Statx;
 use rustix::io::Errno;
 use virtio::Buffer;
 
+use crate::abi::{attr, init};
 use crate::identity::Credentials;
 use crate::magic::Magic;
 use crate::owner::Owners;
@@ -164,7 +165,7 @@ impl Share {
 
     /// How requests of this session are to be read.
     pub fn dialect(&self) -> Dialect {
-        Dialect { setxattr_ext: self.agreed(crate::abi::init::SETXATTR_EXT) }
+        Dialect { setxattr_ext: self.agreed(init::SETXATTR_EXT) }
     }
 
     /// Whether both sides can do this.
@@ -242,7 +243,7 @@ impl Share {
     /// What the guest is told about a file on the mount `mount` whose directory is on the mount `above`.
     pub(crate) fn attributes(&self, stat: &Statx, crossed: bool) -> Attr {
         let time = |at: &rustix::fs::StatxTimestamp| (at.tv_sec, at.tv_nsec);
-        let flags = if crossed && self.agreed(crate::abi::init::SUBMOUNTS) { crate::abi::attr::SUBMOUNT } else { 0 };
+        let flags = if crossed && self.agreed(init::SUBMOUNTS) { attr::SUBMOUNT } else { 0 };
         let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
         Attr {
             ino: stat.stx_ino,

@@ -10,12 +10,12 @@ use rustix::io::Errno;
 use virtio::worker::{Attempt, Poller, SOURCES, Serve, Served, Slot, Slots, Source};
 use virtio::{Buffer, Chain};
 
-use crate::abi::{opcode, sent};
+use crate::abi::opcode;
 use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::metrics;
 use crate::pool::{Job, Pool};
 use crate::reply::header;
-use crate::request::{Bad, Fetched, Operation, Request, Scratch, fetch_bytes};
+use crate::request::{Bad, Fetched, Operation, Request, Scratch, data, fetch_bytes};
 
 /// Bytes of the header of an answer.
 pub(crate) const HEADER: u32 = 16;
@@ -68,12 +68,7 @@ impl FsQueue {
 
 /// Where the data of a request is, and the room for its answer.
 pub(crate) fn io<'a>(operation: &Operation<'_>, chain: &'a Chain, patient: bool) -> Io<'a> {
-    let before = match operation {
-        Operation::Write { .. } => sent::WRITE,
-        Operation::BatchForget { .. } => sent::BATCH_FORGET,
-        _ => u32::MAX,
-    };
-    let data = chain.readable().split_at(before.saturating_add(sent::HEADER)).1;
+    let data = data(chain, operation);
     Io { data, room: chain.writable().split_at(HEADER).1, patient }
 }
 

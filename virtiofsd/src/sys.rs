@@ -27,7 +27,7 @@ struct XattrArgs {
 ///
 /// # Errors
 /// The system's.
-pub fn own_mask() -> Result<(), Errno> {
+pub(crate) fn own_mask() -> Result<(), Errno> {
     // SAFETY: takes a number. What is not shared any more are properties of this thread that no memory depends on.
     check(unsafe { libc::unshare(libc::CLONE_FS) }.into()).map(drop)
 }
@@ -36,7 +36,7 @@ pub fn own_mask() -> Result<(), Errno> {
 ///
 /// # Errors
 /// The system's; `ENOSYS` if it has no such call.
-pub fn fchmodat2(file: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
+pub(crate) fn fchmodat2(file: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
     // SAFETY: the path is a constant, the rest are numbers; `file` is open as it is borrowed.
     check(unsafe { libc::syscall(libc::SYS_fchmodat2, file.as_raw_fd(), c"".as_ptr(), mode, libc::AT_EMPTY_PATH) }).map(drop)
 }
@@ -45,7 +45,7 @@ pub fn fchmodat2(file: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
 ///
 /// # Errors
 /// As above.
-pub fn setxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
+pub(crate) fn setxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &[u8], flags: u32) -> Result<(), Errno> {
     let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
     let args = XattrArgs { value: value.as_ptr().addr() as u64, size, flags };
     let (fd, path, name) = (dir.as_raw_fd(), path.as_ptr(), name.as_ptr());
@@ -58,7 +58,7 @@ pub fn setxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &[u8], f
 ///
 /// # Errors
 /// As above.
-pub fn getxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &mut [u8]) -> Result<usize, Errno> {
+pub(crate) fn getxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &mut [u8]) -> Result<usize, Errno> {
     let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
     let args = XattrArgs { value: value.as_mut_ptr().addr() as u64, size, flags: 0 };
     value.as_mut_ptr().expose_provenance();
@@ -72,7 +72,7 @@ pub fn getxattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr, value: &mut [u8
 ///
 /// # Errors
 /// As above.
-pub fn listxattrat(dir: BorrowedFd<'_>, path: &CStr, list: &mut [u8]) -> Result<usize, Errno> {
+pub(crate) fn listxattrat(dir: BorrowedFd<'_>, path: &CStr, list: &mut [u8]) -> Result<usize, Errno> {
     let (fd, path) = (dir.as_raw_fd(), path.as_ptr());
     // SAFETY: the kernel writes at most as many bytes as `list` has.
     check(unsafe { libc::syscall(LISTXATTRAT, fd, path, 0, list.as_mut_ptr(), list.len()) })
@@ -82,7 +82,7 @@ pub fn listxattrat(dir: BorrowedFd<'_>, path: &CStr, list: &mut [u8]) -> Result<
 ///
 /// # Errors
 /// As above.
-pub fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Result<(), Errno> {
+pub(crate) fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Result<(), Errno> {
     let (fd, path) = (dir.as_raw_fd(), path.as_ptr());
     // SAFETY: both strings end in NUL.
     check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, 0, name.as_ptr()) }).map(drop)
@@ -90,7 +90,7 @@ pub fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Result<()
 
 /// What to do with a lock of an open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LockCall {
+pub(crate) enum LockCall {
     /// Take it or give it up, without waiting.
     Set,
     /// Say what is in the way.
@@ -102,7 +102,7 @@ pub enum LockCall {
 ///
 /// # Errors
 /// `EAGAIN` when somebody else has it.
-pub fn ofd_lock(file: BorrowedFd<'_>, call: LockCall, kind: i32, start: i64, len: i64) -> Result<libc::flock, Errno> {
+pub(crate) fn ofd_lock(file: BorrowedFd<'_>, call: LockCall, kind: i32, start: i64, len: i64) -> Result<libc::flock, Errno> {
     let l_type = i16::try_from(kind).map_err(|_| Errno::INVAL)?;
     let l_whence = i16::try_from(libc::SEEK_SET).map_err(|_| Errno::INVAL)?;
     let mut range = libc::flock { l_type, l_whence, l_start: start, l_len: len, l_pid: 0 };
@@ -116,7 +116,7 @@ pub fn ofd_lock(file: BorrowedFd<'_>, call: LockCall, kind: i32, start: i64, len
 ///
 /// # Errors
 /// The system's.
-pub fn ioctl(file: BorrowedFd<'_>, command: u32, buffer: &mut [u8]) -> Result<u32, Errno> {
+pub(crate) fn ioctl(file: BorrowedFd<'_>, command: u32, buffer: &mut [u8]) -> Result<u32, Errno> {
     // The size is in bits 16 to 29 of the command: more than that the kernel neither reads nor writes.
     let size = usize::try_from((command >> 16) & 0x3fff).map_err(|_| Errno::INVAL)?;
     if buffer.len() < size {

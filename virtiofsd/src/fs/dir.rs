@@ -11,6 +11,7 @@ use std::sync::{Arc, PoisonError};
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, seek};
 use rustix::io::Errno;
 
+use crate::abi::init;
 use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::reply::Dirents;
 use crate::request::Name;
@@ -41,7 +42,7 @@ impl Share {
         io: Io<'_>,
     ) -> Outcome {
         let dir = self.directory(node)?;
-        if number == 0 && self.agreed(crate::abi::init::NO_OPENDIR_SUPPORT) {
+        if number == 0 && self.agreed(init::NO_OPENDIR_SUPPORT) {
             let (file, _) = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
             let reading = Reading { node, dir, file: &file, plus };
             return self.read_entries(thread, &reading, &mut UNKNOWN.clone(), offset, size, io);
@@ -91,7 +92,7 @@ impl Share {
         while let Some(entry) = raw.next() {
             let entry = match entry {
                 Ok(entry) => entry,
-                Err(_) if entries.len() > 0 => return Ok(None),
+                Err(_) if !entries.is_empty() => return Ok(None),
                 Err(errno) => return Err(errno),
             };
             let next = entry.next_entry_cookie();

@@ -11,12 +11,12 @@ use crate::reply;
 use crate::sys;
 
 /// Flags of a file (`FS_IOC_GETFLAGS`, `FS_IOC_SETFLAGS`): eight bytes says the number, four it is.
-pub const GET_FLAGS: u32 = 0x8008_6601;
-pub const SET_FLAGS: u32 = 0x4008_6602;
+pub(crate) const GET_FLAGS: u32 = 0x8008_6601;
+pub(crate) const SET_FLAGS: u32 = 0x4008_6602;
 
 /// Flags and project of a file (`FS_IOC_FSGETXATTR`, `FS_IOC_FSSETXATTR`).
-pub const GET_MORE: u32 = 0x801c_581f;
-pub const SET_MORE: u32 = 0x401c_5820;
+pub(crate) const GET_MORE: u32 = 0x801c_581f;
+pub(crate) const SET_MORE: u32 = 0x401c_5820;
 
 /// Bytes of the longest of these.
 const MOST: usize = 28;

@@ -155,7 +155,7 @@ impl Share {
         let dir = self.directory(request.node)?;
         self.as_user(thread, request, umask)?;
         let flags = flags & !libc::O_EXCL.cast_unsigned();
-        let how = self.flags(flags) - OFlags::NOFOLLOW | OFlags::TMPFILE;
+        let how = (self.flags(flags) - OFlags::NOFOLLOW) | OFlags::TMPFILE;
         let file = openat2(&dir, c".", how, Mode::from_raw_mode(mode & MODE), self.tree.resolve())?;
         let stat = look(&file, c"")?;
         let identity = self.tree.identify_open(&stat, &file)?;

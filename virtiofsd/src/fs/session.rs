@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use crate::abi::{self, init};
 use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share};
 use crate::reply::{self, InitReply};
+use crate::request::forgotten;
 
 /// Bytes of data of one request.
 const MAX_WRITE: u32 = 1 << 20;
@@ -81,19 +82,10 @@ impl Share {
     }
 
     pub(super) fn forget_many(&self, count: u32, io: Io<'_>) -> Outcome {
-        let mut rest = io.data;
-        for _ in 0..count {
-            let Some((bytes, after)) = rest.take_array::<16>() else { break };
-            let [node, lookups] = halves(bytes);
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        for (node, lookups) in forgotten(io.data).take(count) {
             self.tree.forget(node, lookups);
-            rest = after;
         }
         Ok(Done::Silence)
     }
-}
-
-fn halves(bytes: [u8; 16]) -> [u64; 2] {
-    let number = u128::from_le_bytes(bytes);
-    let half = |number: u128| u64::try_from(number & u128::from(u64::MAX)).unwrap_or_default();
-    [half(number), half(number >> 64)]
 }

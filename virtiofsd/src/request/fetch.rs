@@ -4,7 +4,7 @@ use std::{fmt, iter};
 
 use virtio::{Buffer, Chain};
 
-use super::{Bad, Dialect, MAX_NAME, MAX_TARGET, MAX_XATTR, Request, Room, parse};
+use super::{Bad, Dialect, MAX_NAME, MAX_TARGET, MAX_XATTR, Operation, Request, Room, parse};
 use crate::abi::{opcode, sent};
 
 /// Bytes of a header, as an index.
@@ -119,16 +119,20 @@ pub fn fetch<'a>(chain: &Chain, dialect: Dialect, scratch: &'a mut Scratch) -> R
     fetch_bytes(chain, scratch)?.parse(dialect)
 }
 
-/// The data of a WRITE: so many bytes, or as many as there are. What the request says is there.
-pub fn data(chain: &Chain, size: u32) -> Buffer<'_> {
-    let (_, data) = chain.readable().split_at(sent::HEADER.saturating_add(sent::WRITE));
-    data.split_at(size).0
+/// What follows the arguments of a request in its chain: the data of a write, the pairs of a BATCH_FORGET. Of all others nothing.
+pub fn data<'a>(chain: &'a Chain, operation: &Operation<'_>) -> Buffer<'a> {
+    let before = match operation {
+        Operation::Write { .. } => sent::WRITE,
+        Operation::BatchForget { .. } => sent::BATCH_FORGET,
+        _ => u32::MAX,
+    };
+    chain.readable().split_at(sent::HEADER.saturating_add(before)).1
 }
 
 /// The pairs of a BATCH_FORGET: a node, and how many references to it are gone. Each is read when it is asked for, and once. There may be
 /// more of them in the chain than the request counts, which is to be kept to.
-pub fn forgotten(chain: &Chain) -> impl Iterator<Item = (u64, u64)> + use<'_> {
-    let (_, mut rest) = chain.readable().split_at(sent::HEADER.saturating_add(sent::BATCH_FORGET));
+pub fn forgotten(data: Buffer<'_>) -> impl Iterator<Item = (u64, u64)> + use<'_> {
+    let mut rest = data;
     iter::from_fn(move || {
         let (pair, after) = rest.take_array::<16>()?;
         rest = after;

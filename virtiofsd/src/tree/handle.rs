@@ -21,8 +21,6 @@ pub(crate) struct Handle {
     pub(crate) node: u64,
     /// Of a directory: how far it has been read, and a lock on that. `None`: a file.
     pub(crate) cursor: Option<Mutex<u64>>,
-    /// The guest said `O_APPEND`, which here is up to each write.
-    pub(crate) append: bool,
     /// It had a set-user-id or set-group-id bit, or may have by now.
     pub(crate) privileged: AtomicBool,
     /// Data that is not in memory cannot be told from data that is; or always comes from the disk.
