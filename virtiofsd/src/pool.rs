@@ -112,7 +112,7 @@ impl Pool {
     }
 
     /// The next outcome there is.
-    pub fn next(&mut self) -> Option<Finished> {
+    pub fn finished(&mut self) -> Option<Finished> {
         if self.in_flight == 0 {
             return None;
         }

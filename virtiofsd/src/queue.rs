@@ -101,8 +101,11 @@ fn write_header(room: Buffer<'_>, unique: u64, errno: i32, len: u32) -> u32 {
 }
 
 fn refuse(chain: &Chain, bad: &Bad) -> u32 {
-    metrics::BAD_REQUESTS.add(1);
-    tracing::warn!(target: virtio::GUEST, "A request is refused: {bad}");
+    // A name that is too long is any program's mistake, the rest are a driver's.
+    if !matches!(bad, Bad::Refused { errno: libc::ENAMETOOLONG, .. }) {
+        metrics::BAD_REQUESTS.add(1);
+        tracing::warn!(target: virtio::GUEST, "A request is refused: {bad}");
+    }
     match *bad {
         Bad::Unanswerable => 0,
         Bad::Refused { unique, errno, .. } => write_header(chain.writable(), unique, errno, HEADER),
@@ -125,7 +128,7 @@ impl Serve for FsQueue {
     }
 
     fn settle(&mut self, slot: &mut Slot) {
-        while let Some(outcome) = self.pool.next() {
+        while let Some(outcome) = self.pool.finished() {
             slot.finish(outcome.ticket, |chain| answer(chain, outcome.unique, outcome.done));
         }
     }
