@@ -145,6 +145,9 @@ pub struct Args {
     /// processor at most, and none when nothing is asked
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u16).range(0..=50))]
     pub poll_limit: u16,
+    /// A page in which a successor of this process finds what was agreed on with the guest
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub session_fd: Option<RawFd>,
     #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
@@ -240,7 +243,7 @@ impl Arguments for Args {
     }
 
     fn inherited(&self) -> Vec<RawFd> {
-        self.shared_fd.into_iter().collect()
+        [self.shared_fd, self.session_fd].into_iter().flatten().collect()
     }
 
     /// Root is everybody, whoever else is one user, unless told otherwise.

@@ -6,8 +6,9 @@
 //! A thread that serves a queue is impatient: a request that would have to wait for a disk, or for another machine, is not carried out but
 //! given back as [`Done::Slow`], for another thread to do.
 
+use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::Statx;
@@ -94,11 +95,38 @@ pub struct Share {
     pub(crate) magic: Magic,
 }
 
-/// What was agreed on with the guest.
-#[derive(Debug, Default)]
-struct Session {
-    begun: AtomicBool,
-    flags: AtomicU64,
+/// What was agreed on with the guest: all of it that outlives the process.
+#[derive(Clone, Copy, Debug)]
+pub struct Session {
+    /// 1: it has begun.
+    begun: &'static AtomicU64,
+    /// [`init`], as far as both sides can.
+    flags: &'static AtomicU64,
+}
+
+impl Session {
+    /// One that ends with the process.
+    #[must_use]
+    pub fn new() -> Session {
+        static WORDS: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+        let [begun, flags] = &WORDS;
+        Session { begun, flags }
+    }
+
+    /// One that a predecessor may have begun. What stands there is not believed: see [`Share::new`].
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn kept(page: OwnedFd) -> io::Result<Session> {
+        let [begun, flags] = virtio::words::map::<2>(page)?;
+        Ok(Session { begun, flags })
+    }
+}
+
+impl Default for Session {
+    fn default() -> Session {
+        Session::new()
+    }
 }
 
 /// What one thread has for itself.
@@ -159,8 +187,8 @@ const EMPTY: Done = Done::Answer(0);
 
 impl Share {
     /// A share of what `root` refers to.
-    pub(crate) fn new(tree: Tree, magic: Magic, settings: Settings, owners: Owners) -> Share {
-        Share { tree, settings, owners, session: Session::default(), magic }
+    pub(crate) fn new(tree: Tree, magic: Magic, session: Session, settings: Settings, owners: Owners) -> Share {
+        Share { tree, settings, owners, session, magic }
     }
 
     /// How requests of this session are to be read.
@@ -170,7 +198,8 @@ impl Share {
 
     /// Whether both sides can do this.
     pub(crate) fn agreed(&self, flag: u64) -> bool {
-        self.session.flags.load(Ordering::Relaxed) & flag != 0
+        // Nothing is agreed on that was not offered, whoever may have written there.
+        self.session.flags.load(Ordering::Relaxed) & flag & self.offers() != 0
     }
 
     /// Carries out a request.

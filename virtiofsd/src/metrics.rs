@@ -17,10 +17,10 @@ pub static BAD_REQUESTS: Counter = Counter::new();
 
 /// All counters, with their names and what they count.
 pub const ALL: [(&str, &Counter, &str); 6] = [
-    ("fs_requests", &REQUESTS, "Requests that were carried out, or tried"),
-    ("fs_errors", &ERRORS, "Requests answered with an error of the file system"),
-    ("fs_handed_on", &HANDED_ON, "Requests that might have had to wait, and went to another thread"),
-    ("fs_read_bytes", &READ_BYTES, "Bytes read"),
-    ("fs_written_bytes", &WRITTEN_BYTES, "Bytes written"),
-    ("fs_bad_requests", &BAD_REQUESTS, "Messages that were no request"),
+    ("virtiofsd_requests", &REQUESTS, "Requests that were carried out, or tried"),
+    ("virtiofsd_errors", &ERRORS, "Requests answered with an error of the file system"),
+    ("virtiofsd_handed_on", &HANDED_ON, "Requests that might have had to wait, and went to another thread"),
+    ("virtiofsd_read_bytes", &READ_BYTES, "Bytes read"),
+    ("virtiofsd_written_bytes", &WRITTEN_BYTES, "Bytes written"),
+    ("virtiofsd_bad_requests", &BAD_REQUESTS, "Messages that were no request"),
 ];
