@@ -52,7 +52,7 @@ const FOR_EVER: Duration = Duration::from_secs(86400);
 pub struct Args {
     #[command(flatten)]
     socket: Socket,
-    /// The directory
+    /// The directory, or a single file
     #[arg(long, value_name = "PATH", required_unless_present = "shared_fd")]
     pub shared_dir: Option<PathBuf>,
     /// The same, as a descriptor: a mount that is attached nowhere, perhaps with ids mapped

@@ -22,7 +22,7 @@ use crate::owner::Owners;
 use crate::reply::{Attr, Timeouts};
 use crate::request::{Dialect, Operation, Request};
 use crate::tree::node::Kind;
-use crate::tree::{ROOT, Tree};
+use crate::tree::Tree;
 
 mod change;
 mod dir;
@@ -300,9 +300,8 @@ impl Share {
         self.tree.directory(node)
     }
 
-    /// The mount of a node is the one of its directory.
     pub(crate) fn is_directory(&self, node: u64) -> bool {
-        node == ROOT || self.tree.kind(node) == Ok(Kind::DIRECTORY)
+        self.tree.kind(node) == Ok(Kind::DIRECTORY)
     }
 }
 

@@ -36,8 +36,8 @@ impl Opened {
             Place::Given(fd) => (inherited(*fd)?, !config.submounts),
         };
         let kind = FileType::from_raw_mode(fstat(&root).context("Cannot look at the share")?.st_mode);
-        if kind != FileType::Directory {
-            bail!("Cannot share {}: it is no directory", config.place);
+        if !matches!(kind, FileType::Directory | FileType::RegularFile) {
+            bail!("Cannot share {}: it is neither a directory nor a file", config.place);
         }
         Ok(Opened { root, one_mount, magic: Magic::open()? })
     }

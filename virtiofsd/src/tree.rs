@@ -97,7 +97,7 @@ pub(crate) struct Found<'a> {
 #[derive(Debug)]
 pub(crate) enum Way {
     Open(Arc<OwnedFd>),
-    Named { parent: u64, name: Text, identity: Identity },
+    Named { parent: u64, name: Text, identity: Identity, again: bool },
 }
 
 /// A name, copied.
@@ -317,7 +317,9 @@ impl Tree {
             None if node.orphan => Err(Errno::STALE),
             None => {
                 let name = Text::new(&node.name).ok_or(Errno::STALE)?;
-                Ok(Way::Named { parent: node.parent, name, identity: node.identity })
+                // Asked about twice: it will be again.
+                let again = std::mem::replace(&mut node.warm, true);
+                Ok(Way::Named { parent: node.parent, name, identity: node.identity, again })
             }
         });
         way.map_or_else(|| Ok(Way::Open(Arc::clone(&self.root.fd))), |way| way?)
@@ -339,7 +341,7 @@ impl Tree {
         let mut fd = loop {
             match self.way(at)? {
                 Way::Open(fd) => break fd,
-                Way::Named { parent, name, identity } => {
+                Way::Named { parent, name, identity, .. } => {
                     down.push((at, name, identity));
                     at = parent;
                 }

@@ -121,7 +121,7 @@ fn mounts_in_a_share_and_many_queues() {
     let command = format!(
         "set -e; mkdir -p /mnt; mount -t virtiofs house /mnt; cat /mnt/inner/file; test $(stat -c %d /mnt) != $(stat -c %d /mnt/inner)\n\
          for i in 1 2 3 4 5 6 7 8; do (taskset $((1 << (i % 4))) dd if=/dev/urandom of=/mnt/f$i bs=64k count=8 2>/dev/null; sha256sum </mnt/f$i >/mnt/s$i; sync -f /mnt) & done; wait\n\
-         for i in 1 2 3 4 5 6 7 8; do test \"$(sha256sum </mnt/f$i)\" = \"$(cat /mnt/s$i)\"; done; ls /mnt | wc -l; umount -R /mnt; {NO_TROUBLE}"
+         for i in 1 2 3 4 5 6 7 8; do test \"$(sha256sum </mnt/f$i)\" = \"$(cat /mnt/s$i)\"; done; ls /mnt | wc -l; umount /mnt/inner; umount /mnt; {NO_TROUBLE}"
     );
     let plan = plan(&command).machine("cpus = 4\nmemory = \"512M\"\n").section(&section(&house, ""));
     let ended = plan.finish();
