@@ -106,6 +106,9 @@ pub struct Args {
     /// They go with each write (this is so)
     #[arg(long)]
     pub no_killpriv_v2: bool,
+    /// Where locks of the guest's programs are kept: in the guest, where only it respects them; or as locks of this host
+    #[arg(long, value_enum, value_name = "WHERE", default_value = "guest")]
+    pub locks: Locks,
     /// A guest's user who does not want the time of access changed is obeyed
     #[arg(long)]
     pub preserve_noatime: bool,
@@ -182,6 +185,15 @@ pub enum Choice {
     Auto,
     /// It is not
     Never,
+}
+
+/// Where locks are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Locks {
+    /// In the guest
+    Guest,
+    /// Here: other guests and programs respect them. A guest that waits for one cannot be interrupted by its user, as Linux has it
+    Host,
 }
 
 /// Whether inodes are kept as file handles.
@@ -411,7 +423,7 @@ fn settings(args: &Args) -> Result<Settings> {
         announce_submounts: !args.no_announce_submounts,
         killpriv_v2: args.killpriv_v2 && !args.no_killpriv_v2,
         readdirplus: !args.no_readdirplus && cache != Cache::Never,
-        locks: false,
+        locks: args.locks == Locks::Host,
         preserve_noatime: args.preserve_noatime,
     })
 }

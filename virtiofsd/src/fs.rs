@@ -16,18 +16,21 @@ use rustix::io::Errno;
 use virtio::Buffer;
 
 use crate::abi::{attr, init};
+use crate::fs::lock::Owned;
 use crate::identity::Credentials;
 use crate::magic::Magic;
 use crate::owner::Owners;
 use crate::reply::{Attr, Timeouts};
 use crate::request::{Dialect, Operation, Request};
-use crate::tree::node::Kind;
 use crate::tree::Tree;
+use crate::tree::node::Kind;
+use crate::waiting::Waiting;
 
 mod change;
 mod dir;
 mod file;
 pub(crate) mod ioctl;
+pub(crate) mod lock;
 mod look;
 mod make;
 mod remove;
@@ -93,6 +96,9 @@ pub struct Share {
     pub(crate) owners: Owners,
     session: Session,
     pub(crate) magic: Magic,
+    pub(crate) locks: Owned,
+    /// Who waits for a lock.
+    pub waiting: Waiting,
 }
 
 /// What was agreed on with the guest: all of it that outlives the process.
@@ -188,7 +194,8 @@ const EMPTY: Done = Done::Answer(0);
 impl Share {
     /// A share of what `root` refers to.
     pub(crate) fn new(tree: Tree, magic: Magic, session: Session, settings: Settings, owners: Owners) -> Share {
-        Share { tree, settings, owners, session, magic }
+        let (locks, waiting) = (Owned::default(), Waiting::default());
+        Share { tree, settings, owners, session, magic, locks, waiting }
     }
 
     /// How requests of this session are to be read.
@@ -246,7 +253,7 @@ impl Share {
                 self.write(thread, (node, handle), (offset, size, write_flags), io)
             }
             Operation::Release { handle, .. } | Operation::ReleaseDir { handle } => self.release(node, handle),
-            Operation::Flush { handle, .. } => self.flush(node, handle, io),
+            Operation::Flush { handle, owner } => self.flush((node, handle), owner, io),
             Operation::FSync { handle, data_only } | Operation::FSyncDir { handle, data_only } => {
                 self.sync(node, handle, data_only, io)
             }
@@ -263,9 +270,9 @@ impl Share {
                 self.ioctl((node, handle), (flags, command), input, output, io)
             }
             Operation::SyncFs => self.sync_fs(io),
-            Operation::GetLock { .. } | Operation::SetLock { .. } => Err(Errno::NOSYS),
-            // The request is none that waits for a lock: there is nothing to interrupt.
-            Operation::Interrupt { .. } => Ok(EMPTY),
+            Operation::GetLock { handle, owner, lock } => self.get_lock((node, handle), owner, &lock, io),
+            Operation::SetLock { handle, owner, lock, wait, flock } => self.set_lock((node, handle), owner, &lock, (wait, flock)),
+            Operation::Interrupt { unique } => self.interrupt(unique),
         }
     }
 

@@ -18,7 +18,7 @@ fn main() -> ExitCode {
         let config = Config::new(startup.args(), several)?;
         let trust = startup.args().memory.trust();
         let opened = Opened::open(&config, |fd| startup.inherited(fd))?;
-        virtio::metrics::publish(startup.metrics()?, &metrics::ALL, config.queues)?;
+        virtio::metrics::publish_with(startup.metrics()?, &metrics::ALL, &metrics::TIMES, config.queues)?;
         let session = match startup.args().session_fd {
             Some(fd) => Session::kept(startup.inherited(fd)?).context("Cannot share the page of a session")?,
             None => Session::new(),

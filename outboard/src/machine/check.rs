@@ -8,8 +8,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::disk::{self, Disk};
-use super::share;
 use super::schema::MOST_CPUS;
+use super::share;
 use super::{Backend, Machine, Stdio, size};
 use crate::usage;
 

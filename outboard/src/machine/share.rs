@@ -60,7 +60,8 @@ impl Share {
         if let Some(seconds) = self.negative_timeout {
             args.extend(["--negative-timeout".into(), seconds.to_string().into()]);
         }
-        let program = Program { name: "outboard-virtiofsd", args, stdio: Stdio::Nothing, disk: None, share: Some(Box::new(self)) };
+        let program =
+            Program { name: "outboard-virtiofsd", args, stdio: Stdio::Nothing, disk: None, share: Some(Box::new(self)) };
         // One queue more for what must not wait.
         let queues = Some(queues.saturating_add(1));
         Device { name, class: Class::Named("fs".to_owned()), queues, backend: Backend::Process(program) }

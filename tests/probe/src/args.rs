@@ -6,8 +6,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::attack::Kind;
 use crate::blk::bench::Load;
-use crate::fs;
 use crate::device::Shape;
+use crate::fs;
 
 /// A guest without a VM: drives any vhost-user backend.
 #[derive(Debug, Parser)]

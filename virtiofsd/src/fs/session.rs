@@ -23,7 +23,7 @@ impl Share {
         }
         if self.session.begun.swap(1, Ordering::Relaxed) != 0 {
             // A guest that begins anew has forgotten what it knew.
-            self.tree.forget_all();
+            self.end();
         }
         let agreed = flags & self.offers();
         self.session.flags.store(agreed, Ordering::Relaxed);
@@ -73,6 +73,8 @@ impl Share {
     /// The guest is gone, or was started anew. What was agreed on stays until something else is: a frontend may come back with a guest
     /// that does not know it was away.
     pub fn end(&self) {
+        self.waiting.interrupt_all();
+        self.locks.clear();
         self.tree.forget_all();
     }
 

@@ -79,7 +79,10 @@ fn a_guest_boots_from_a_directory() {
     }
     fs::copy("/usr/bin/busybox", house.join("bin/busybox")).unwrap();
     give(&house.join("bin/busybox"));
-    for name in ["sh", "mount", "hostname", "mkdir", "ln", "cat", "tr", "sync", "poweroff", "dmesg", "grep", "sleep", "id", "stat", "reboot"] {
+    for name in [
+        "sh", "mount", "hostname", "mkdir", "ln", "cat", "tr", "sync", "poweroff", "dmesg", "grep", "sleep", "id", "stat",
+        "reboot",
+    ] {
         std::os::unix::fs::symlink("busybox", house.join("bin").join(name)).unwrap();
     }
     let init = house.join("sbin/init");
