@@ -34,7 +34,7 @@ impl Machine {
         fs::copy(env!("CARGO_BIN_EXE_outboard"), bin.join("outboard")).unwrap();
         let own = std::env::current_exe().unwrap();
         let pretend = own.parent().and_then(Path::parent).unwrap().join("examples/pretend");
-        for name in ["vmm", "blk", "rng", "console"] {
+        for name in ["vmm", "blk", "rng", "console", "virtiofsd"] {
             symlink(&pretend, bin.join(format!("outboard-{name}"))).unwrap();
         }
         for (file, size) in [("kernel", 1 << 20), ("disk.img", 1 << 20)] {

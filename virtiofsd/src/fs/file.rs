@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use crate::abi::{flag, fopen, init};
 use crate::fs::change::PRIVILEGED;
 use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share, Thread};
+use crate::metrics;
 use crate::reply;
 use crate::request::{Operation, Request};
 use crate::tree::handle::Handle;
@@ -173,6 +174,7 @@ impl Share {
             }
         }
         let done = at.saturating_sub(offset);
+        metrics::READ_BYTES.add(done);
         u32::try_from(done).map(Done::Answer).map_err(|_| Errno::OVERFLOW)
     }
 
@@ -193,6 +195,7 @@ impl Share {
             && handle.privileged.load(Ordering::Relaxed);
         let data = io.data.split_at(size).0;
         let written = thread.credentials.keeping_ids_if(keep, || write_all(&handle, data, offset))?;
+        metrics::WRITTEN_BYTES.add(written.into());
         io.answer(&reply::write(written))
     }
 
