@@ -1,6 +1,7 @@
 //! A directory of this host, and the same seen through a server and the probe.
 
 use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -68,6 +69,15 @@ impl Mounted {
         Mounted { probe, server, house, seen, said, scratch }
     }
 
+    /// Another server of the same directory, and another mount.
+    pub(super) fn beside(&self, server_words: &[&str], words: &[&str]) -> Mounted {
+        let scratch = Scratch::new();
+        symlink(&self.house, scratch.path("house")).unwrap();
+        let (server, _) = serve(Whose::Ours, &scratch, server_words);
+        let socket = server.socket.clone();
+        Mounted::of(scratch, &socket, Some(server), words)
+    }
+
     /// A file or directory here, and there.
     pub(super) fn both(&self, name: impl AsRef<Path>) -> (PathBuf, PathBuf) {
         (self.seen.join(&name), self.house.join(&name))
@@ -115,4 +125,26 @@ pub(super) fn random(len: usize, seed: u64) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| random.number().to_le_bytes()).collect();
     bytes.truncate(len);
     bytes
+}
+
+/// What a guest may keep, in all the ways there are.
+const MODES: [&[&str]; 5] = [
+    &[],
+    &["--cache", "never"],
+    &["--cache", "metadata"],
+    &["--cache", "always"],
+    &["--cache", "always", "--writeback", "--num-request-queues", "2"],
+];
+
+/// Does something to a new mount in each of them.
+pub(super) fn in_each_mode(test: &str, act: impl Fn(&Mounted)) {
+    if !can_mount(test) {
+        return;
+    }
+    for words in MODES {
+        println!("{words:?}");
+        let mut mounted = Mounted::ours(words, &[]);
+        act(&mounted);
+        mounted.unmount();
+    }
 }
