@@ -15,9 +15,18 @@ use rustix::process::{Signal, kill_process};
 use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Ended, Scratch, program, run, wait_for};
 
+mod contents;
+mod exercise;
+mod killed;
+mod locks;
 mod made_here;
 mod mounted;
+mod names;
+mod open_files;
+mod owners;
 mod posix;
+mod programs;
+mod room;
 
 use mounted::{Mounted, can_mount, is_mounted, random, serve};
 
