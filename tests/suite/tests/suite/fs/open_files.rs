@@ -147,7 +147,7 @@ fn a_place_in_a_directory_stays_what_it_was() {
         (0..1000).for_each(|number| drop(File::create(there.join(format!("file-{number}"))).unwrap()));
         let mut dir = Dir::read_from(File::open(&here).unwrap()).unwrap();
         let mut entries = Vec::new();
-        while let Some(entry) = dir.next() {
+        for entry in dir.by_ref() {
             let entry = entry.unwrap();
             entries.push((entry.file_name().to_str().unwrap().to_owned(), entry.offset()));
         }

@@ -108,7 +108,7 @@ fn a_users_files_are_the_guests_roots() {
     assert_eq!(by(77, &["cat"], &mounted.seen.join("mine")).out, "mine");
     assert_eq!(by(77, &["cat"], &made).code, Some(1), "it is the guest's root's alone");
     // Who owns a file does what its permissions do not let him, as root does everywhere.
-    fs::set_permissions(&made, PermissionsExt::from_mode(0)).unwrap();
+    fs::set_permissions(&made, PermissionsExt::from_mode(0o0)).unwrap();
     fs::write(&made, "written all the same").unwrap();
     assert_eq!(fs::read_to_string(&made).unwrap(), "written all the same");
     let device = rustix::fs::mknodat(CWD, mounted.seen.join("device"), FileType::CharacterDevice, Mode::RUSR, 0x103);
