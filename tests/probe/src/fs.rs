@@ -18,6 +18,7 @@ use crate::ring::Buffer;
 use layout::{Layout, Side};
 use wire::{BEFORE_DATA, MOST_DATA, OUT_HEADER, Request, Settled};
 
+pub mod bench;
 pub mod bridge;
 pub mod layout;
 pub mod mount;
