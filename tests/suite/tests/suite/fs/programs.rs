@@ -54,53 +54,68 @@ fn grow(folder: &Path, round: u64) {
     }
 }
 
-#[test]
-fn a_repository() {
+/// Makes one with a past, two branches that meet, and packs it.
+fn history(here: &Path) {
+    fs::create_dir(here).unwrap();
+    git(here, &["init", "-q", "-b", "main"]);
+    for round in 0..3 {
+        grow(here, round);
+        git(here, &["add", "-A"]);
+        git(here, &["commit", "-q", "-m", &format!("round {round}")]);
+        git(here, &["tag", &format!("round-{round}")]);
+    }
+    git(here, &["checkout", "-q", "-b", "side", "round-1"]);
+    fs::write(here.join("aside"), "x").unwrap();
+    git(here, &["add", "-A"]);
+    git(here, &["commit", "-q", "-m", "aside"]);
+    git(here, &["checkout", "-q", "main"]);
+    git(here, &["merge", "-q", "--no-edit", "side"]);
+    git(here, &["gc", "-q", "--prune=now"]);
+    git(here, &["fsck", "--full", "--strict"]);
+    assert_eq!(git(here, &["status", "--porcelain"]), "");
+}
+
+fn a_repository(words: &[&str]) {
     if !can_mount("git") {
         return;
     }
-    for words in
-        [&[][..], &["--cache", "never", "--allow-mmap"], &["--cache", "always", "--writeback", "--num-request-queues", "2"]]
-    {
-        let mut mounted = Mounted::ours(words, &[]);
-        let (here, there) = mounted.both("one");
-        fs::create_dir(&here).unwrap();
-        git(&here, &["init", "-q", "-b", "main"]);
-        for round in 0..3 {
-            grow(&here, round);
-            git(&here, &["add", "-A"]);
-            git(&here, &["commit", "-q", "-m", &format!("round {round}")]);
-            git(&here, &["tag", &format!("round-{round}")]);
-        }
-        git(&here, &["checkout", "-q", "-b", "side", "round-1"]);
-        fs::write(here.join("aside"), "x").unwrap();
-        git(&here, &["add", "-A"]);
-        git(&here, &["commit", "-q", "-m", "aside"]);
-        git(&here, &["checkout", "-q", "main"]);
-        git(&here, &["merge", "-q", "--no-edit", "side"]);
-        git(&here, &["gc", "-q", "--prune=now"]);
-        git(&here, &["fsck", "--full", "--strict"]);
-        assert_eq!(git(&here, &["status", "--porcelain"]), "");
-        git(&mounted.seen, &["clone", "-q", "--no-hardlinks", "one", "two"]);
-        git(&mounted.seen, &["clone", "-q", "one", "linked"]);
-        let outside = mounted.scratch.path("outside");
-        git(&mounted.scratch.path(""), &["clone", "-q", there.to_str().unwrap(), outside.to_str().unwrap()]);
-        run(Command::new("sync").arg("-f").arg(&mounted.seen));
-        git(&there, &["fsck", "--full", "--strict"]);
-        assert_eq!(git(&there, &["status", "--porcelain"]), "", "the host sees the same");
-        let head = git(&outside, &["rev-parse", "HEAD"]);
-        let worktree = |top: &Path| {
-            let mut all = files(top);
-            all.retain(|path, _| !path.starts_with(".git"));
-            all
-        };
-        for clone in ["one", "two", "linked"] {
-            assert_eq!(git(&mounted.seen.join(clone), &["rev-parse", "HEAD"]), head);
-            assert!(worktree(&mounted.seen.join(clone)) == worktree(&outside), "{clone}");
-        }
-        assert!(files(&mounted.seen) == files(&mounted.house));
-        mounted.unmount();
+    let mut mounted = Mounted::ours(words, &[]);
+    let (here, there) = mounted.both("one");
+    history(&here);
+    git(&mounted.seen, &["clone", "-q", "--no-hardlinks", "one", "two"]);
+    git(&mounted.seen, &["clone", "-q", "one", "linked"]);
+    let outside = mounted.scratch.path("outside");
+    git(&mounted.scratch.path(""), &["clone", "-q", there.to_str().unwrap(), outside.to_str().unwrap()]);
+    run(Command::new("sync").arg("-f").arg(&mounted.seen));
+    git(&there, &["fsck", "--full", "--strict"]);
+    assert_eq!(git(&there, &["status", "--porcelain"]), "", "the host sees the same");
+    let head = git(&outside, &["rev-parse", "HEAD"]);
+    let worktree = |top: &Path| {
+        let mut all = files(top);
+        all.retain(|path, _| !path.starts_with(".git"));
+        all
+    };
+    for clone in ["one", "two", "linked"] {
+        assert_eq!(git(&mounted.seen.join(clone), &["rev-parse", "HEAD"]), head);
+        assert!(worktree(&mounted.seen.join(clone)) == worktree(&outside), "{clone}");
     }
+    assert!(files(&mounted.seen) == files(&mounted.house));
+    mounted.unmount();
+}
+
+#[test]
+fn a_repository_that_is_kept_for_a_second() {
+    a_repository(&[]);
+}
+
+#[test]
+fn a_repository_of_which_nothing_is_kept() {
+    a_repository(&["--cache", "never", "--allow-mmap"]);
+}
+
+#[test]
+fn a_repository_that_is_kept_with_what_is_written() {
+    a_repository(&["--cache", "always", "--writeback", "--num-request-queues", "2"]);
 }
 
 const MODULES: usize = 24;
