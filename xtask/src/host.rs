@@ -19,8 +19,8 @@ pub(crate) struct Wanted {
     pub(crate) cxx: bool,
 }
 
-/// A program and the Debian package that brings it. All but the compiler belong to every Debian system, except in
-/// containers.
+/// A program and the Debian package that brings it. All but the compiler, and the two at the
+/// end, with which a shared directory is used as people use one, belong to every Debian system, except in containers.
 const PROGRAMS: &[(&str, &str)] = &[
     ("cc", "gcc libc6-dev"),
     ("mke2fs", "e2fsprogs"),
@@ -29,6 +29,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("tar", "tar"),
     ("setpriv", "util-linux"),
     ("unshare", "util-linux"),
+    ("git", "git"),
+    ("sqlite3", "sqlite3"),
 ];
 
 /// Checks that the host has what is wanted; as root, installs what is missing.

@@ -17,6 +17,7 @@ mod cpio;
 mod debian;
 mod demo;
 mod disktools;
+mod fstools;
 mod fuzz;
 mod guest;
 mod host;

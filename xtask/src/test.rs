@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::Kvm;
-use crate::{build, cache, card, disktools, guest, host, nested, say, uml, virtiofsd};
+use crate::{build, cache, card, disktools, fstools, guest, host, nested, say, uml, virtiofsd};
 
 /// Disks of ours have threads wait for the files, as on hosts that forbid io_uring.
 const THREADS: (&str, &str) = (ENGINE, "threads");
@@ -121,7 +121,7 @@ fn announce(kvm: &Kvm) -> Result<()> {
 /// Some of them have QEMU boot the guest from our devices, or use other people's programs; they are told where these are.
 fn workspace(programs: &Path, images: &Path) -> Result<()> {
     let qemu = nested::qemu()?;
-    let (disktools, virtiofsd) = (disktools::prepare()?, virtiofsd::prepare()?);
+    let (disktools, fstools, virtiofsd) = (disktools::prepare()?, fstools::prepare()?, virtiofsd::prepare()?);
     let floor = host::floor();
     let nextest = build::cargo().args(["nextest", "--version"]).output().is_ok_and(|output| output.status.success());
     let mut commands = Vec::new();
@@ -153,6 +153,7 @@ fn workspace(programs: &Path, images: &Path) -> Result<()> {
             .env("OUTBOARD_QEMU", &qemu)
             .env("OUTBOARD_GUEST", images)
             .env("OUTBOARD_DISKTOOLS", &disktools)
+            .env("OUTBOARD_FSTOOLS", &fstools)
             .env("OUTBOARD_VIRTIOFSD", &virtiofsd)
             .envs(floor.clone());
         say::openly(&mut command)?;

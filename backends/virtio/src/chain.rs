@@ -288,6 +288,11 @@ impl<'a> Buffer<'a> {
         self.memory.read_file(self.pieces(), file, Some(offset), Patience::Never)
     }
 
+    /// Most bytes that one call reads or writes: a buffer in many pieces takes several.
+    pub fn in_one_call(&self) -> u32 {
+        self.pieces().take(memory::MAX_IOVECS).map(|piece| piece.len()).fold(0, u32::saturating_add)
+    }
+
     /// Its pieces as they lie in this process, for whoever has the kernel move the data: the first byte and the number of bytes of
     /// each. They stay mapped for as long as the chain, or the [`OwnedBuffer`], is kept.
     pub fn addresses(&self) -> impl Iterator<Item = (*mut u8, usize)> + Clone + use<'a> {

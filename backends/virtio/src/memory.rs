@@ -33,7 +33,7 @@ pub const MAX_REGIONS: usize = 509;
 
 /// Most pieces of memory given to one I/O call; the caller comes again for the rest. Linux's block driver sends up to 254 pieces
 /// in one request but few in most.
-const MAX_IOVECS: usize = 64;
+pub(crate) const MAX_IOVECS: usize = 64;
 
 /// What can be wrong with announced memory, or with an address in it.
 #[derive(Debug, thiserror::Error)]

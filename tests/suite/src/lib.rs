@@ -12,6 +12,7 @@
 pub mod card;
 pub mod disktools;
 pub mod escape;
+pub mod fstools;
 pub mod tracer;
 pub mod virtiofsd;
 
@@ -121,8 +122,7 @@ impl Server {
 
     /// The process that serves: not the parent that waits for it.
     pub fn worker(&self) -> u32 {
-        let path = format!("/proc/{0}/task/{0}/children", self.child.id());
-        wait_for("the worker", || std::fs::read_to_string(&path).ok()?.split_whitespace().next()?.parse().ok())
+        worker_of(self.child.id())
     }
 
     /// The process that was started.
@@ -143,6 +143,12 @@ impl Drop for Server {
         let _already_gone = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// The process that serves, of the parent that was started and waits for it.
+pub fn worker_of(parent: u32) -> u32 {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    wait_for("the worker", || std::fs::read_to_string(&path).ok()?.split_whitespace().next()?.parse().ok())
 }
 
 /// Asks again and again until there is an answer, for a generous while.

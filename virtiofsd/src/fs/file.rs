@@ -154,6 +154,7 @@ impl Share {
         let mut at = offset;
         while !rest.is_empty() {
             let file = handle.file.as_fd();
+            let asked = rest.in_one_call();
             let read = if at_once { rest.read_at_once(file, at) } else { rest.read_from(file, Some(at)) };
             let count = match read {
                 Ok(count) => u32::try_from(count).map_err(|_| Errno::OVERFLOW)?,
@@ -168,8 +169,9 @@ impl Share {
             };
             at = at.saturating_add(count.into());
             rest = rest.split_at(count).1;
-            // Data that is missing from memory is missing page by page: what ends within one is the end of the file.
-            if count == 0 || !at.is_multiple_of(PAGE) {
+            // Data that is missing from memory is missing page by page: what ends within one is the end of the file, unless it was all
+            // that could be read at a time.
+            if count == 0 || (count < asked && !at.is_multiple_of(PAGE)) {
                 break;
             }
         }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use probe::random::Random;
 use suite::Scratch;
-use suite::virtiofsd::Virtiofsd;
+use suite::virtiofsd::{Virtiofsd, Whose};
 
 use super::boot::NO_TROUBLE;
 use super::machine::Plan;
@@ -18,7 +18,7 @@ fn a_guest_shares_a_folder_through_upstream_s_virtiofsd() {
     let mut random = Random::new(26);
     let bytes: Vec<u8> = (0..3 << 20).map(|_| random.below(256).to_le_bytes()[0]).collect();
     fs::write(folder.join("in"), &bytes).unwrap();
-    let mut server = Virtiofsd::start(scratch.path("fs.sock"), &folder, &["--tag", "house"]);
+    let mut server = Virtiofsd::start(Whose::Upstreams, scratch.path("fs.sock"), &folder, &["--tag", "house"]);
     let section = format!("[device.share]\nclass = \"fs\"\nsocket = \"{}\"\n", server.socket.display());
     let command = format!(
         "set -e; mkdir -p /mnt; mount -t virtiofs house /mnt; sha256sum </mnt/in | cut -c1-64 >/mnt/sum; cp /mnt/in /mnt/out; mkdir /mnt/new; \

@@ -1,116 +1,63 @@
-//! Our probe as the go-between of this host's kernel and a virtio-fs server: upstream's, mounted here without a machine.
+//! Our probe as the go-between of this host's kernel and a virtio-fs server, mounted here without a machine: upstream's, and ours.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-use probe::random::Random;
 use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, removexattr, setxattr};
-use rustix::process::{Pid, Signal, kill_process};
-use suite::virtiofsd::Virtiofsd;
+use rustix::process::{Signal, kill_process};
+use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Ended, Scratch, program, run, wait_for};
 
+mod contents;
+mod exercise;
+mod killed;
+mod locks;
 mod made_here;
+mod mounted;
+mod names;
+mod open_files;
+mod owners;
+mod posix;
+mod programs;
+mod room;
 
-/// Whether this test may mount. Where it may not, a line says that it is skipped.
-fn can_mount(test: &str) -> bool {
-    let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse");
-    let can = rustix::process::geteuid().is_root() && fuse.is_ok();
-    if !can {
-        println!("skipped: {test} needs root and /dev/fuse");
-    }
-    can
-}
+use mounted::{Mounted, can_mount, is_mounted, random, serve};
 
-/// A folder of this host, and the same seen through the server and the probe.
-struct Mounted {
-    probe: Child,
-    server: Option<Virtiofsd>,
-    /// Where the files are.
-    house: PathBuf,
-    /// Where they are seen.
-    seen: PathBuf,
-    said: PathBuf,
-    _scratch: Scratch,
-}
-
-fn serve(scratch: &Scratch, words: &[&str]) -> (Virtiofsd, PathBuf) {
-    let house = scratch.path("house");
-    fs::create_dir_all(&house).unwrap();
-    let socket = scratch.path("fs.sock");
-    let _of_an_earlier_one = fs::remove_file(&socket);
-    (Virtiofsd::start(socket, &house, &[&["--tag", "house"], words].concat()), house)
-}
-
-impl Mounted {
-    fn new(server_words: &[&str], words: &[&str]) -> Mounted {
-        let scratch = Scratch::new();
-        let (server, _) = serve(&scratch, server_words);
-        let socket = server.socket.clone();
-        Mounted::of(scratch, &socket, Some(server), words)
-    }
-
-    fn of(scratch: Scratch, socket: &Path, server: Option<Virtiofsd>, words: &[&str]) -> Mounted {
-        let (house, seen, said) = (scratch.path("house"), scratch.path("seen here"), scratch.path("said"));
-        fs::create_dir(&seen).unwrap();
-        let mut command = Command::new(program("outboard-probe"));
-        command.args(["fs", "mount"]).arg(socket).arg(&seen).args(words);
-        let mut probe = command.stdin(Stdio::null()).stderr(File::create(&said).unwrap()).spawn().unwrap();
-        wait_for("the mount", || {
-            let text = fs::read_to_string(&said).unwrap();
-            assert!(probe.try_wait().unwrap().is_none(), "the probe ended: {text}");
-            text.contains("is mounted").then_some(())
-        });
-        Mounted { probe, server, house, seen, said, _scratch: scratch }
-    }
-
-    /// What it has said, and its status when it has ended, after which nothing is mounted.
-    fn ended(&mut self) -> (Option<i32>, String) {
-        let status = wait_for("the end of the probe", || self.probe.try_wait().unwrap());
-        assert!(!is_mounted(&self.seen), "it is still mounted");
-        (status.code(), fs::read_to_string(&self.said).unwrap())
-    }
-
-    fn unmount(&mut self) {
-        let ended = run(Command::new("umount").arg(&self.seen));
-        assert_eq!(ended.code, Some(0), "{}", ended.err);
-        let (code, said) = self.ended();
-        assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
-        wait_for("the end of the server", || self.server.as_mut().map_or(Some(()), |server| server.ended().map(drop)));
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.probe), signal).unwrap();
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _already_gone = self.probe.kill();
-        let _reaped = self.probe.wait();
-        if is_mounted(&self.seen) {
-            let _unmounted = run(Command::new("umount").arg("-l").arg(&self.seen));
+/// The same for each server.
+macro_rules! with_both {
+    ($($test:ident),* $(,)?) => {
+        mod upstreams {
+            $(#[test] fn $test() { super::$test(super::Whose::Upstreams) })*
         }
-    }
+        mod ours {
+            $(#[test] fn $test() { super::$test(super::Whose::Ours) })*
+        }
+    };
 }
 
-fn is_mounted(folder: &Path) -> bool {
-    let list = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    list.contains(&folder.to_str().unwrap().replace(' ', "\\040"))
-}
-
-fn random(len: usize, seed: u64) -> Vec<u8> {
-    let mut random = Random::new(seed);
-    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| random.number().to_le_bytes()).collect();
-    bytes.truncate(len);
-    bytes
-}
+with_both!(
+    info_says_what_the_server_is,
+    files_are_the_same_on_both_sides,
+    layouts_that_no_guest_has,
+    a_big_file_both_ways,
+    data_lies_on_pages,
+    a_folder_with_thousands_of_files,
+    extended_attributes,
+    writers_beside_each_other,
+    a_server_with_fewer_queues_than_asked_for,
+    places_where_nothing_can_be_mounted,
+    a_server_that_dies,
+    signals_end_it_whatever_the_server_does,
+    who_waits_can_be_killed,
+    open_files_outlive_the_mount_for_a_while,
+);
 
 /// Most of what can be done to files, each looked at from the other side.
 fn use_it(house: &Path, seen: &Path, seed: u64) {
@@ -151,10 +98,9 @@ fn probe(words: &[&str]) -> Ended {
     run(Command::new(program("outboard-probe")).arg("fs").args(words))
 }
 
-#[test]
-fn info_says_what_the_server_is() {
+fn info_says_what_the_server_is(whose: Whose) {
     let scratch = Scratch::new();
-    let (mut server, _) = serve(&scratch, &["--xattr"]);
+    let (mut server, _) = serve(whose, &scratch, &["--xattr"]);
     let socket = server.socket.clone();
     let socket = socket.to_str().unwrap();
     let ended = probe(&["info", socket, "--json"]);
@@ -167,26 +113,25 @@ fn info_says_what_the_server_is() {
         assert!(info["fuse_flags"].as_array().unwrap().contains(&flag.into()), "{flag}: {info}");
     }
     assert!(info["features"].as_array().unwrap().contains(&"VERSION_1".into()), "{info}");
-    wait_for("the end of virtiofsd", || server.ended());
-    let (mut server, _) = serve(&scratch, &[]);
+    server.end();
+    let (mut server, _) = serve(whose, &scratch, &[]);
     let ended = probe(&["info", socket]);
     assert_eq!(ended.code, Some(0), "{}", ended.err);
     let lines: Vec<&str> = ended.out.lines().collect();
     assert_eq!(lines[..2], ["tag             house", "request queues  1"], "{}", ended.out);
     assert!(lines.iter().any(|line| line.starts_with("FUSE flags      ASYNC_READ ")), "{}", ended.out);
-    wait_for("the end of virtiofsd", || server.ended());
+    server.end();
     let _of_the_earlier_one = fs::remove_file(socket);
-    let _without_a_tag = Virtiofsd::start(PathBuf::from(socket), &scratch.path("house"), &[]);
+    let _without_a_tag = Virtiofsd::start(whose, PathBuf::from(socket), &scratch.path("house"), &[]);
     let ended = probe(&["info", socket]);
     assert!(ended.out.starts_with("tag             none\nrequest queues  1\n"), "{}{}", ended.out, ended.err);
 }
 
-#[test]
-fn files_are_the_same_on_both_sides() {
+fn files_are_the_same_on_both_sides(whose: Whose) {
     if !can_mount("fs") {
         return;
     }
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     let said = fs::read_to_string(&mounted.said).unwrap();
     assert!(
         said.starts_with("\"house\" is mounted at /") && said.contains("FUSE 7.") && said.contains("1 request queue"),
@@ -201,8 +146,7 @@ fn files_are_the_same_on_both_sides() {
 }
 
 /// Byte by byte, page by page, anywhere: the server has to take what it gets.
-#[test]
-fn layouts_that_no_guest_has() {
+fn layouts_that_no_guest_has(whose: Whose) {
     if !can_mount("fs --scatter") {
         return;
     }
@@ -214,7 +158,7 @@ fn layouts_that_no_guest_has() {
         &["--indirect", "--queue-size", "32"],
     ];
     for (seed, words) in (0..).zip(rings) {
-        let mut mounted = Mounted::new(&[], words);
+        let mut mounted = Mounted::new(whose, &[], words);
         use_it(&mounted.house, &mounted.seen, seed);
         let bytes = random(5 << 20, seed);
         fs::write(mounted.seen.join("big"), &bytes).unwrap();
@@ -224,13 +168,12 @@ fn layouts_that_no_guest_has() {
     }
 }
 
-#[test]
-fn a_big_file_both_ways() {
+fn a_big_file_both_ways(whose: Whose) {
     if !can_mount("fs, a big file") {
         return;
     }
     // A new file each time: nothing of it is in the kernel's cache of the mount.
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     let sum = |path: &Path| run(Command::new("sha256sum").arg(path)).out.split(' ').next().unwrap().to_owned();
     for (name, seed) in [("out", 5), ("in", 6)] {
         let (from, to) = if name == "out" { (&mounted.seen, &mounted.house) } else { (&mounted.house, &mounted.seen) };
@@ -242,12 +185,11 @@ fn a_big_file_both_ways() {
 }
 
 /// Past the page cache on both sides: the server hands our buffers to its disk, which wants them aligned.
-#[test]
-fn data_lies_on_pages() {
+fn data_lies_on_pages(whose: Whose) {
     if !can_mount("fs with O_DIRECT") {
         return;
     }
-    let mut mounted = Mounted::new(&["--allow-direct-io", "--cache", "never"], &[]);
+    let mut mounted = Mounted::new(whose, &["--allow-direct-io", "--cache", "never"], &[]);
     let flags = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).unwrap();
     let opened = OpenOptions::new().create(true).write(true).custom_flags(flags).open(mounted.house.join("direct"));
     if opened.is_err() {
@@ -271,12 +213,11 @@ fn of(path: &Path) -> String {
     format!("of={}", path.display())
 }
 
-#[test]
-fn a_folder_with_thousands_of_files() {
+fn a_folder_with_thousands_of_files(whose: Whose) {
     if !can_mount("fs, a big folder") {
         return;
     }
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     let names: BTreeSet<String> = (0..4000).map(|number| format!("{number:04}-{}", "n".repeat(number % 200))).collect();
     let (here, there) = (mounted.seen.join("many"), mounted.house.join("many"));
     fs::create_dir(&there).unwrap();
@@ -291,12 +232,11 @@ fn a_folder_with_thousands_of_files() {
     mounted.unmount();
 }
 
-#[test]
-fn extended_attributes() {
+fn extended_attributes(whose: Whose) {
     if !can_mount("fs, extended attributes") {
         return;
     }
-    let mut mounted = Mounted::new(&["--xattr"], &[]);
+    let mut mounted = Mounted::new(whose, &["--xattr"], &[]);
     let (here, there) = (mounted.seen.join("file"), mounted.house.join("file"));
     fs::write(&here, "x").unwrap();
     if setxattr(&there, "user.probe", b"", XattrFlags::empty()).is_err() {
@@ -320,12 +260,11 @@ fn extended_attributes() {
     mounted.unmount();
 }
 
-#[test]
-fn writers_beside_each_other() {
+fn writers_beside_each_other(whose: Whose) {
     if !can_mount("fs, parallel writers") {
         return;
     }
-    let mut mounted = Mounted::new(&["--thread-pool-size", "4"], &["--scatter"]);
+    let mut mounted = Mounted::new(whose, &["--thread-pool-size", "4"], &["--scatter"]);
     thread::scope(|scope| {
         for writer in 0..8u64 {
             let (house, seen) = (&mounted.house, &mounted.seen);
@@ -346,42 +285,39 @@ fn writers_beside_each_other() {
     mounted.unmount();
 }
 
-#[test]
-fn a_server_with_fewer_queues_than_asked_for() {
+fn a_server_with_fewer_queues_than_asked_for(whose: Whose) {
     let scratch = Scratch::new();
-    let (server, house) = serve(&scratch, &[]);
+    let (server, house) = serve(whose, &scratch, &[]);
     let ended = probe(&["mount", server.socket.to_str().unwrap(), house.to_str().unwrap(), "--queues", "2"]);
     assert_eq!(ended.code, Some(1));
     assert_eq!(ended.err, "outboard-probe: The backend has 2 queues, 3 are needed\n");
     assert!(!is_mounted(&house));
 }
 
-#[test]
-fn places_where_nothing_can_be_mounted() {
+fn places_where_nothing_can_be_mounted(whose: Whose) {
     let scratch = Scratch::new();
     let nowhere = scratch.path("nowhere");
     let ended = probe(&["mount", scratch.path("no.sock").to_str().unwrap(), nowhere.to_str().unwrap()]);
     assert!(ended.code == Some(1) && ended.err.contains("Cannot connect to "), "{}", ended.err);
-    let (server, house) = serve(&scratch, &[]);
+    let (server, house) = serve(whose, &scratch, &[]);
     let ended = probe(&["mount", server.socket.to_str().unwrap(), nowhere.to_str().unwrap()]);
     let said = format!("outboard-probe: Cannot mount at {}: No such file or directory (os error 2)\n", nowhere.display());
     assert_eq!((ended.code, ended.err), (Some(1), said));
     drop(server);
     let file = house.join("file");
     fs::write(&file, "").unwrap();
-    let (server, _) = serve(&scratch, &[]);
+    let (server, _) = serve(whose, &scratch, &[]);
     let ended = probe(&["mount", server.socket.to_str().unwrap(), file.to_str().unwrap()]);
     let said = format!("outboard-probe: Cannot mount at {}: it is no folder\n", file.display());
     assert_eq!((ended.code, ended.err), (Some(1), said));
 }
 
 /// Whoever waits gets an error, whoever comes later too, and nothing stays.
-#[test]
-fn a_server_that_dies() {
+fn a_server_that_dies(whose: Whose) {
     if !can_mount("fs, a server that dies") {
         return;
     }
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     fs::write(mounted.house.join("big"), random(32 << 20, 9)).unwrap();
     let mut open = File::open(mounted.seen.join("big")).unwrap();
     // Below the mount there is no such folder: what comes after the end fails, too.
@@ -407,20 +343,19 @@ fn a_server_that_dies() {
 }
 
 /// A server that is stopped answers nobody, and is not dead. A signal ends the mount all the same.
-#[test]
-fn signals_end_it_whatever_the_server_does() {
+fn signals_end_it_whatever_the_server_does(whose: Whose) {
     if !can_mount("fs, signals") {
         return;
     }
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
-        let mut mounted = Mounted::new(&[], &[]);
+        let mut mounted = Mounted::new(whose, &[], &[]);
         fs::write(mounted.seen.join("file"), "written").unwrap();
         mounted.signal(signal);
         assert_eq!(mounted.ended().0, Some(0), "{signal:?}");
         assert_eq!(fs::read_to_string(mounted.house.join("file")).unwrap(), "written");
-        wait_for("the end of virtiofsd", || mounted.server.as_mut().unwrap().ended());
+        mounted.server.as_mut().unwrap().end();
     }
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     let mut open = File::create(mounted.seen.join("open")).unwrap();
     kill_process(mounted.server.as_ref().unwrap().pid(), Signal::STOP).unwrap();
     let waiting = thread::spawn(move || open.write_all(b"never there").and_then(|()| open.sync_all()).is_err());
@@ -432,12 +367,11 @@ fn signals_end_it_whatever_the_server_does() {
 }
 
 /// The kernel says INTERRUPT when the process dies that waits for an answer; the answer that comes later is nobody's.
-#[test]
-fn who_waits_can_be_killed() {
+fn who_waits_can_be_killed(whose: Whose) {
     if !can_mount("fs, a killed reader") {
         return;
     }
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     let bytes = random(16 << 20, 11);
     fs::write(mounted.house.join("big"), &bytes).unwrap();
     let server = mounted.server.as_ref().unwrap().pid();
@@ -455,12 +389,11 @@ fn who_waits_can_be_killed() {
 }
 
 /// Files that are open when a signal comes are served on for a while.
-#[test]
-fn open_files_outlive_the_mount_for_a_while() {
+fn open_files_outlive_the_mount_for_a_while(whose: Whose) {
     if !can_mount("fs, open files") {
         return;
     }
-    let mut mounted = Mounted::new(&[], &[]);
+    let mut mounted = Mounted::new(whose, &[], &[]);
     let file = File::create(mounted.seen.join("open")).unwrap();
     mounted.signal(Signal::TERM);
     wait_for("the unmount", || (!is_mounted(&mounted.seen)).then_some(()));
