@@ -16,12 +16,17 @@ pub struct Virtiofsd {
 impl Virtiofsd {
     /// Starts it. Without a sandbox of its own: not every place where tests are run lets it make one.
     pub fn start(socket: PathBuf, folder: &Path, words: &[&str]) -> Virtiofsd {
-        let tree = std::env::var_os("OUTBOARD_VIRTIOFSD").map(PathBuf::from).unwrap_or_default();
-        let program = tree.join("usr/libexec/virtiofsd");
-        assert!(program.exists(), "OUTBOARD_VIRTIOFSD does not say where virtiofsd is; run cargo xtask test");
-        let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
-        command.arg("--library-path").arg(tree.join("usr/lib/x86_64-linux-gnu")).arg(program);
-        command.arg("--socket-path").arg(&socket).arg("--shared-dir").arg(folder).args(["--sandbox", "none"]).args(words);
+        let whole = command(&[]);
+        let (program, before) = whole.split_first().expect("a command begins with a program");
+        let mut command = Command::new(program);
+        command
+            .args(before)
+            .arg("--socket-path")
+            .arg(&socket)
+            .arg("--shared-dir")
+            .arg(folder)
+            .args(["--sandbox", "none"])
+            .args(words);
         let mut child = command.stdin(Stdio::null()).spawn().expect("virtiofsd starts");
         crate::wait_for("virtiofsd", || {
             assert!(child.try_wait().expect("virtiofsd can be waited for").is_none(), "virtiofsd has ended");
@@ -45,6 +50,16 @@ impl Virtiofsd {
         let _already_gone = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// The command that starts it, with its own linker and libraries.
+pub fn command(words: &[&str]) -> Vec<String> {
+    let tree = std::env::var_os("OUTBOARD_VIRTIOFSD").map(PathBuf::from).unwrap_or_default();
+    let program = tree.join("usr/libexec/virtiofsd");
+    assert!(program.exists(), "OUTBOARD_VIRTIOFSD does not say where virtiofsd is; run cargo xtask test");
+    let path = |part: &str| tree.join(part).display().to_string();
+    let before = [path("usr/lib64/ld-linux-x86-64.so.2"), "--library-path".to_owned(), path("usr/lib/x86_64-linux-gnu")];
+    before.into_iter().chain([program.display().to_string()]).chain(words.iter().map(|word| (*word).to_owned())).collect()
 }
 
 /// Whether somebody listens at a path. The path is there a moment before; and to try it would take the one connection that is served.

@@ -26,6 +26,7 @@ mod suite {
     mod pipelines;
     mod protocol;
     mod qemu;
+    mod share_attacks;
     mod slow;
     mod stepped;
     mod thrift;
