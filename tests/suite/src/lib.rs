@@ -12,6 +12,7 @@
 pub mod card;
 pub mod disktools;
 pub mod escape;
+pub mod share;
 pub mod tracer;
 pub mod virtiofsd;
 

@@ -27,6 +27,7 @@ mod suite {
     mod protocol;
     mod qemu;
     mod share_attacks;
+    mod share_races;
     mod slow;
     mod stepped;
     mod thrift;

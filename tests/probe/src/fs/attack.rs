@@ -177,7 +177,11 @@ impl Foe {
     }
 
     fn open_dir(&mut self, node: u64) -> Result<u64> {
-        Ok(long(&self.raw.ask(&message::opendir(node))?, 0))
+        let reply = self.raw.call(&message::opendir(node))?;
+        // A server may say that directories need not be opened.
+        anyhow::ensure!(reply.error != libc::ENOSYS, NotOffered);
+        anyhow::ensure!(reply.error == 0, "The server answered OPENDIR with error {}", reply.error);
+        Ok(long(&reply.body, 0))
     }
 }
 
