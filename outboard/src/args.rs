@@ -89,6 +89,10 @@ const DISK: &str = "\
 A disk: path=PATH[,format=raw|qcow2][,backing=FORMAT:PATH]...[,data-file=PATH][,readonly][,ephemeral[=DIR]][,cache=page|direct]\
 [,engine=auto|io-uring|threads][,limit-ops=N[:BURST]][,limit-bytes=SIZE[:BURST]][,limit-group=NAME][,queues=N][,serial=TEXT]";
 
+const SHARE: &str = "\
+A directory for the guest: path=PATH[,tag=NAME][,readonly][,cache=never|metadata|auto|always][,owner=me[=ID]|squash[=ID]]\
+[,writeback][,xattr][,posix-acl][,negative-timeout=SECONDS][,queues=N]";
+
 /// A machine in flags.
 #[derive(Debug, Default, clap::Args)]
 pub struct Flags {
@@ -113,6 +117,9 @@ pub struct Flags {
     /// A disk: `path=PATH` and more, see `--help`
     #[arg(help = DISK, long, value_name = "DISK")]
     pub disk: Vec<String>,
+    /// A directory: `path=PATH` and more, see `--help`
+    #[arg(help = SHARE, long, value_name = "SHARE")]
+    pub share: Vec<String>,
     /// A source of random numbers
     #[arg(long)]
     pub rng: bool,
@@ -149,6 +156,7 @@ impl Flags {
             ("--memory", self.memory.is_some()),
             ("--cpus", self.cpus.is_some()),
             ("--disk", !self.disk.is_empty()),
+            ("--share", !self.share.is_empty()),
             ("--rng", self.rng),
             ("--console", !self.console.is_empty()),
             ("--device", !self.device.is_empty()),

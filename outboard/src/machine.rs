@@ -9,12 +9,14 @@ pub mod file;
 pub mod flags;
 pub mod nearest;
 pub mod schema;
+pub mod share;
 pub mod size;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use self::disk::Disk;
+use self::share::Share;
 use crate::args::OnReboot;
 use crate::usage;
 
@@ -134,6 +136,8 @@ pub struct Program {
     pub stdio: Stdio,
     /// The disk it serves: what it is told of that depends on what happens to the disk.
     pub disk: Option<Box<Disk>>,
+    /// The directory it serves.
+    pub share: Option<Box<Share>>,
 }
 
 /// What is kept of a console's output while nobody is attached: a boot with all its messages, several times over.
@@ -172,7 +176,7 @@ impl Program {
     #[must_use]
     pub fn without_terminal(&self) -> Self {
         let args = vec!["--file".into(), "/dev/null".into()];
-        Self { name: self.name, args, stdio: Stdio::Nothing, disk: None }
+        Self { name: self.name, args, stdio: Stdio::Nothing, disk: None, share: None }
     }
 }
 
@@ -184,7 +188,7 @@ pub fn rng(name: String, limit: Option<(u32, u32)>) -> Device {
         args.extend(["--max-bytes".into(), bytes.to_string().into()]);
         args.extend(["--period".into(), milliseconds.to_string().into()]);
     }
-    let program = Program { name: "outboard-rng", args, stdio: Stdio::Nothing, disk: None };
+    let program = Program { name: "outboard-rng", args, stdio: Stdio::Nothing, disk: None, share: None };
     Device { name, class: Class::Named("rng".to_owned()), queues: None, backend: Backend::Process(program) }
 }
 
@@ -221,7 +225,7 @@ impl Console {
             Self::File(path) => vec!["--file".into(), path.into()],
             Self::Socket(path) => vec!["--socket".into(), path.into()],
         };
-        let program = Program { name: "outboard-console", args, stdio, disk: None };
+        let program = Program { name: "outboard-console", args, stdio, disk: None, share: None };
         Device { name, class: Class::Named("console".to_owned()), queues: None, backend: Backend::Process(program) }
     }
 }

@@ -52,7 +52,7 @@ const FOR_EVER: Duration = Duration::from_secs(86400);
 pub struct Args {
     #[command(flatten)]
     socket: Socket,
-    /// The directory
+    /// The directory, or a single file
     #[arg(long, value_name = "PATH", required_unless_present = "shared_fd")]
     pub shared_dir: Option<PathBuf>,
     /// The same, as a descriptor: a mount that is attached nowhere, perhaps with ids mapped
@@ -106,6 +106,9 @@ pub struct Args {
     /// They go with each write (this is so)
     #[arg(long)]
     pub no_killpriv_v2: bool,
+    /// Where locks of the guest's programs are kept: in the guest, where only it respects them; or as locks of this host
+    #[arg(long, value_enum, value_name = "WHERE", default_value = "guest")]
+    pub locks: Locks,
     /// A guest's user who does not want the time of access changed is obeyed
     #[arg(long)]
     pub preserve_noatime: bool,
@@ -145,6 +148,9 @@ pub struct Args {
     /// processor at most, and none when nothing is asked
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u16).range(0..=50))]
     pub poll_limit: u16,
+    /// A page in which a successor of this process finds what was agreed on with the guest
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub session_fd: Option<RawFd>,
     #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
@@ -179,6 +185,15 @@ pub enum Choice {
     Auto,
     /// It is not
     Never,
+}
+
+/// Where locks are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Locks {
+    /// In the guest
+    Guest,
+    /// Here: other guests and programs respect them. A guest that waits for one cannot be interrupted by its user, as Linux has it
+    Host,
 }
 
 /// Whether inodes are kept as file handles.
@@ -240,7 +255,7 @@ impl Arguments for Args {
     }
 
     fn inherited(&self) -> Vec<RawFd> {
-        self.shared_fd.into_iter().collect()
+        [self.shared_fd, self.session_fd].into_iter().flatten().collect()
     }
 
     /// Root is everybody, whoever else is one user, unless told otherwise.
@@ -408,7 +423,7 @@ fn settings(args: &Args) -> Result<Settings> {
         announce_submounts: !args.no_announce_submounts,
         killpriv_v2: args.killpriv_v2 && !args.no_killpriv_v2,
         readdirplus: !args.no_readdirplus && cache != Cache::Never,
-        locks: false,
+        locks: args.locks == Locks::Host,
         preserve_noatime: args.preserve_noatime,
     })
 }

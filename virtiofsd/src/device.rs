@@ -62,6 +62,18 @@ impl Fs {
                 },
             )?;
         }
+        if config.settings.locks {
+            let share = Arc::clone(&share);
+            confined.spawn_prepared(
+                pool,
+                "locks".to_owned(),
+                move || prepare(several),
+                move |thread| match thread {
+                    Ok(thread) => share.waiting.work(&share, thread),
+                    Err(error) => tracing::error!("A thread cannot be used: {error}"),
+                },
+            )?;
+        }
         let mut workers = Vec::new();
         for index in 0..=config.queues {
             let (worker, mailbox) = Worker::new()?;

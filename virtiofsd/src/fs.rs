@@ -6,8 +6,9 @@
 //! A thread that serves a queue is impatient: a request that would have to wait for a disk, or for another machine, is not carried out but
 //! given back as [`Done::Slow`], for another thread to do.
 
+use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::Statx;
@@ -15,18 +16,21 @@ use rustix::io::Errno;
 use virtio::Buffer;
 
 use crate::abi::{attr, init};
+use crate::fs::lock::Owned;
 use crate::identity::Credentials;
 use crate::magic::Magic;
 use crate::owner::Owners;
 use crate::reply::{Attr, Timeouts};
 use crate::request::{Dialect, Operation, Request};
+use crate::tree::Tree;
 use crate::tree::node::Kind;
-use crate::tree::{ROOT, Tree};
+use crate::waiting::Waiting;
 
 mod change;
 mod dir;
 mod file;
 pub(crate) mod ioctl;
+pub(crate) mod lock;
 mod look;
 mod make;
 mod remove;
@@ -92,13 +96,43 @@ pub struct Share {
     pub(crate) owners: Owners,
     session: Session,
     pub(crate) magic: Magic,
+    pub(crate) locks: Owned,
+    /// Who waits for a lock.
+    pub waiting: Waiting,
 }
 
-/// What was agreed on with the guest.
-#[derive(Debug, Default)]
-struct Session {
-    begun: AtomicBool,
-    flags: AtomicU64,
+/// What was agreed on with the guest: all of it that outlives the process.
+#[derive(Clone, Copy, Debug)]
+pub struct Session {
+    /// 1: it has begun.
+    begun: &'static AtomicU64,
+    /// [`init`], as far as both sides can.
+    flags: &'static AtomicU64,
+}
+
+impl Session {
+    /// One that ends with the process.
+    #[must_use]
+    pub fn new() -> Session {
+        static WORDS: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+        let [begun, flags] = &WORDS;
+        Session { begun, flags }
+    }
+
+    /// One that a predecessor may have begun. What stands there is not believed: see [`Share::new`].
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn kept(page: OwnedFd) -> io::Result<Session> {
+        let [begun, flags] = virtio::words::map::<2>(page)?;
+        Ok(Session { begun, flags })
+    }
+}
+
+impl Default for Session {
+    fn default() -> Session {
+        Session::new()
+    }
 }
 
 /// What one thread has for itself.
@@ -159,8 +193,9 @@ const EMPTY: Done = Done::Answer(0);
 
 impl Share {
     /// A share of what `root` refers to.
-    pub(crate) fn new(tree: Tree, magic: Magic, settings: Settings, owners: Owners) -> Share {
-        Share { tree, settings, owners, session: Session::default(), magic }
+    pub(crate) fn new(tree: Tree, magic: Magic, session: Session, settings: Settings, owners: Owners) -> Share {
+        let (locks, waiting) = (Owned::default(), Waiting::default());
+        Share { tree, settings, owners, session, magic, locks, waiting }
     }
 
     /// How requests of this session are to be read.
@@ -170,7 +205,8 @@ impl Share {
 
     /// Whether both sides can do this.
     pub(crate) fn agreed(&self, flag: u64) -> bool {
-        self.session.flags.load(Ordering::Relaxed) & flag != 0
+        // Nothing is agreed on that was not offered, whoever may have written there.
+        self.session.flags.load(Ordering::Relaxed) & flag & self.offers() != 0
     }
 
     /// Carries out a request.
@@ -217,7 +253,7 @@ impl Share {
                 self.write(thread, (node, handle), (offset, size, write_flags), io)
             }
             Operation::Release { handle, .. } | Operation::ReleaseDir { handle } => self.release(node, handle),
-            Operation::Flush { handle, .. } => self.flush(node, handle, io),
+            Operation::Flush { handle, owner } => self.flush((node, handle), owner, io),
             Operation::FSync { handle, data_only } | Operation::FSyncDir { handle, data_only } => {
                 self.sync(node, handle, data_only, io)
             }
@@ -234,9 +270,9 @@ impl Share {
                 self.ioctl((node, handle), (flags, command), input, output, io)
             }
             Operation::SyncFs => self.sync_fs(io),
-            Operation::GetLock { .. } | Operation::SetLock { .. } => Err(Errno::NOSYS),
-            // The request is none that waits for a lock: there is nothing to interrupt.
-            Operation::Interrupt { .. } => Ok(EMPTY),
+            Operation::GetLock { handle, owner, lock } => self.get_lock((node, handle), owner, &lock, io),
+            Operation::SetLock { handle, owner, lock, wait, flock } => self.set_lock((node, handle), owner, &lock, (wait, flock)),
+            Operation::Interrupt { unique } => self.interrupt(unique),
         }
     }
 
@@ -271,9 +307,8 @@ impl Share {
         self.tree.directory(node)
     }
 
-    /// The mount of a node is the one of its directory.
     pub(crate) fn is_directory(&self, node: u64) -> bool {
-        node == ROOT || self.tree.kind(node) == Ok(Kind::DIRECTORY)
+        self.tree.kind(node) == Ok(Kind::DIRECTORY)
     }
 }
 

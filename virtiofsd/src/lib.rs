@@ -16,3 +16,4 @@ pub mod sandbox;
 pub mod share;
 mod sys;
 mod tree;
+pub mod waiting;

@@ -16,7 +16,7 @@ use sandbox::{Detach, detach};
 
 /// The directory of descriptors.
 #[derive(Debug)]
-pub struct Magic(OwnedFd);
+pub(crate) struct Magic(OwnedFd);
 
 /// The name of a descriptor there.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl Magic {
     ///
     /// # Errors
     /// When the host shows no descriptors.
-    pub fn open() -> Result<Magic> {
+    pub(crate) fn open() -> Result<Magic> {
         let taken = detach(CWD, Path::new("/proc/self/fd"), Detach { read_only: true, submounts: false });
         Ok(Magic(taken.context("Cannot reach this process's own descriptors in /proc/self/fd")?.root))
     }

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -16,12 +17,24 @@ use virtio::worker::Ticket;
 
 use crate::fs::{Io, Outcome, Share, Thread};
 use crate::request::BoxedRequest;
+use crate::waiting::Waiting;
+
+/// What has to be known of a request to finish it.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    /// The guest's number for it.
+    pub unique: u64,
+    /// What it asks for.
+    pub opcode: u32,
+    /// When it was taken.
+    pub began: Instant,
+}
 
 /// A request for another thread.
 #[derive(Debug)]
 pub struct Job {
     ticket: Ticket,
-    unique: u64,
+    kind: Kind,
     message: BoxedRequest,
     data: OwnedBuffer,
     room: OwnedBuffer,
@@ -29,8 +42,8 @@ pub struct Job {
 
 impl Job {
     /// The request of this ticket.
-    pub fn new(ticket: Ticket, unique: u64, message: BoxedRequest, data: OwnedBuffer, room: OwnedBuffer) -> Job {
-        Job { ticket, unique, message, data, room }
+    pub fn new(ticket: Ticket, kind: Kind, message: BoxedRequest, data: OwnedBuffer, room: OwnedBuffer) -> Job {
+        Job { ticket, kind, message, data, room }
     }
 }
 
@@ -39,16 +52,46 @@ impl Job {
 pub struct Finished {
     /// Of which request.
     pub ticket: Ticket,
-    /// The guest's number of it.
-    pub unique: u64,
+    /// Which it was.
+    pub kind: Kind,
     /// What the guest is to be told.
     pub done: Outcome,
+}
+
+/// A job, and where its outcome goes.
+#[derive(Debug)]
+pub(crate) struct Errand {
+    job: Job,
+    to: Arc<Outcomes>,
+}
+
+impl Errand {
+    /// The guest's number of it.
+    pub(crate) fn unique(&self) -> u64 {
+        self.job.kind.unique
+    }
+
+    /// Tries to do it, on a thread that may wait.
+    pub(crate) fn attempt(&self, share: &Share, thread: &mut Thread) -> Outcome {
+        let Job { message, data, room, .. } = &self.job;
+        let request = message.parse(share.dialect()).map_err(|_| Errno::IO)?;
+        share.perform(thread, &request, Io { data: data.as_buffer(), room: room.as_buffer(), patient: true })
+    }
+
+    /// Tells what became of it.
+    pub(crate) fn finish(self, done: Outcome) {
+        let Errand { job: Job { ticket, kind, data, room, .. }, to } = self;
+        // The memory goes before the news: who hears it may give the memory up.
+        drop((data, room));
+        locked(&to.list).push_back(Finished { ticket, kind, done });
+        let _full_is_rung = rustix::io::write(&to.bell, &1u64.to_ne_bytes());
+    }
 }
 
 /// What there is to do.
 #[derive(Debug, Default)]
 pub struct Jobs {
-    list: Mutex<VecDeque<(Job, Arc<Outcomes>)>>,
+    list: Mutex<VecDeque<Errand>>,
     more: Condvar,
 }
 
@@ -74,22 +117,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub fn work(jobs: &Jobs, share: &Share, mut thread: Thread) {
     loop {
         let mut list = locked(&jobs.list);
-        let (job, to) = loop {
+        let errand = loop {
             match list.pop_front() {
-                Some(job) => break job,
+                Some(errand) => break errand,
                 None => list = jobs.more.wait(list).unwrap_or_else(PoisonError::into_inner),
             }
         };
         drop(list);
-        let Job { ticket, unique, message, data, room } = job;
-        let done = message.parse(share.dialect()).map_err(|_| Errno::IO).and_then(|request| {
-            let io = Io { data: data.as_buffer(), room: room.as_buffer(), patient: true };
-            share.perform(&mut thread, &request, io)
-        });
-        // The memory goes before the news: who hears it may give the memory up.
-        drop((data, room));
-        locked(&to.list).push_back(Finished { ticket, unique, done });
-        let _full_is_rung = rustix::io::write(&to.bell, &1u64.to_ne_bytes());
+        let done = errand.attempt(share, &mut thread);
+        errand.finish(done);
     }
 }
 
@@ -107,12 +143,24 @@ impl Pool {
     /// Hands a request on.
     pub fn submit(&mut self, job: Job) {
         self.in_flight = self.in_flight.saturating_add(1);
-        locked(&self.jobs.list).push_back((job, Arc::clone(&self.outcomes)));
+        let errand = self.errand(job);
+        locked(&self.jobs.list).push_back(errand);
         self.jobs.more.notify_one();
     }
 
+    /// Has a request wait for a lock.
+    pub fn wait_for_lock(&mut self, job: Job, waiting: &Waiting) {
+        let errand = self.errand(job);
+        self.in_flight = self.in_flight.saturating_add(1);
+        waiting.enter(errand);
+    }
+
+    fn errand(&self, job: Job) -> Errand {
+        Errand { job, to: Arc::clone(&self.outcomes) }
+    }
+
     /// The next outcome there is.
-    pub fn next(&mut self) -> Option<Finished> {
+    pub fn finished(&mut self) -> Option<Finished> {
         if self.in_flight == 0 {
             return None;
         }

@@ -4,6 +4,7 @@
 //! guest's memory, and comes back as an outcome; the header of the answer is written here in either case.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -13,7 +14,7 @@ use virtio::{Buffer, Chain};
 use crate::abi::opcode;
 use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::metrics;
-use crate::pool::{Job, Pool};
+use crate::pool::{Job, Kind, Pool};
 use crate::reply::header;
 use crate::request::{Bad, Fetched, Operation, Request, Scratch, data, fetch_bytes};
 
@@ -37,6 +38,7 @@ impl FsQueue {
     }
 
     fn request(&mut self, chain: &Chain, attempt: &Attempt<'_>) -> Served {
+        let began = Instant::now();
         let answered = match fetch_bytes(chain, &mut self.scratch) {
             Ok(fetched) => {
                 let dialect = self.share.dialect();
@@ -44,10 +46,17 @@ impl FsQueue {
                     Ok(request) => {
                         metrics::REQUESTS.add(1);
                         let done = self.share.perform(&mut self.thread, &request, io(&request.operation, chain, false));
-                        if done == Ok(Done::Slow) {
-                            return Self::hand_on(&mut self.pool, &request, &fetched, chain, attempt);
+                        if matches!(done, Ok(Done::Slow | Done::Locked)) {
+                            let job = job(&request, &fetched, chain, attempt, began);
+                            match done {
+                                Ok(Done::Locked) => self.pool.wait_for_lock(job, &self.share.waiting),
+                                _ => self.pool.submit(job),
+                            }
+                            return Served::Later;
                         }
-                        answer(chain, request.unique, done)
+                        let answered = answer(chain, request.unique, done);
+                        metrics::times(fetched.opcode()).add(began.elapsed(), 1);
+                        answered
                     }
                     Err(bad) => refuse(chain, &bad),
                 }
@@ -56,14 +65,14 @@ impl FsQueue {
         };
         Served::Done(answered)
     }
+}
 
-    fn hand_on(pool: &mut Pool, request: &Request<'_>, fetched: &Fetched<'_>, chain: &Chain, attempt: &Attempt<'_>) -> Served {
-        metrics::HANDED_ON.add(1);
-        let Io { data, room, .. } = io(&request.operation, chain, true);
-        let (data, room) = (data.detached(), room.detached());
-        pool.submit(Job::new(attempt.ticket(), request.unique, fetched.boxed(), data, room));
-        Served::Later
-    }
+/// A request, so that another thread can do it.
+fn job(request: &Request<'_>, fetched: &Fetched<'_>, chain: &Chain, attempt: &Attempt<'_>, began: Instant) -> Job {
+    metrics::HANDED_ON.add(1);
+    let Io { data, room, .. } = io(&request.operation, chain, true);
+    let kind = Kind { unique: request.unique, opcode: fetched.opcode(), began };
+    Job::new(attempt.ticket(), kind, fetched.boxed(), data.detached(), room.detached())
 }
 
 /// Where the data of a request is, and the room for its answer.
@@ -101,8 +110,11 @@ fn write_header(room: Buffer<'_>, unique: u64, errno: i32, len: u32) -> u32 {
 }
 
 fn refuse(chain: &Chain, bad: &Bad) -> u32 {
-    metrics::BAD_REQUESTS.add(1);
-    tracing::warn!(target: virtio::GUEST, "A request is refused: {bad}");
+    // A name that is too long is any program's mistake, the rest are a driver's.
+    if !matches!(bad, Bad::Refused { errno: libc::ENAMETOOLONG, .. }) {
+        metrics::BAD_REQUESTS.add(1);
+        tracing::warn!(target: virtio::GUEST, "A request is refused: {bad}");
+    }
     match *bad {
         Bad::Unanswerable => 0,
         Bad::Refused { unique, errno, .. } => write_header(chain.writable(), unique, errno, HEADER),
@@ -125,8 +137,9 @@ impl Serve for FsQueue {
     }
 
     fn settle(&mut self, slot: &mut Slot) {
-        while let Some(outcome) = self.pool.next() {
-            slot.finish(outcome.ticket, |chain| answer(chain, outcome.unique, outcome.done));
+        while let Some(outcome) = self.pool.finished() {
+            slot.finish(outcome.ticket, |chain| answer(chain, outcome.kind.unique, outcome.done));
+            metrics::times(outcome.kind.opcode).add(outcome.kind.began.elapsed(), 1);
         }
     }
 
@@ -147,6 +160,7 @@ impl Serve for FsQueue {
 
     fn stopping(&mut self, index: u16, slots: &mut Slots) {
         let Some(slot) = slots.get(index) else { return };
+        self.share.waiting.interrupt_all();
         while slot.in_hand() > 0 {
             self.pool.wait();
             self.settle(slot);

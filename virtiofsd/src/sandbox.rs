@@ -93,6 +93,11 @@ const FILES: &[Rule] = &[
         &[When::Is(1, libc::F_DUPFD_CLOEXEC as u32)],
         "a file that never had a name is kept; some file systems say what went wrong when a descriptor is closed",
     ),
+    allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_OFD_SETLK as u32)], "locks on ranges of a file, without waiting"),
+    allow_if(libc::SYS_fcntl, &[When::Is(1, libc::F_OFD_GETLK as u32)], "what is in the way of a lock"),
+    allow_if(libc::SYS_flock, &[When::Is(1, (libc::LOCK_SH | libc::LOCK_NB) as u32)], "locks on whole files, without waiting"),
+    allow_if(libc::SYS_flock, &[When::Is(1, (libc::LOCK_EX | libc::LOCK_NB) as u32)], "locks on whole files, without waiting"),
+    allow_if(libc::SYS_flock, &[When::Is(1, (libc::LOCK_UN | libc::LOCK_NB) as u32)], "locks on whole files"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::GET_FLAGS)], "flags of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::SET_FLAGS)], "flags of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::GET_MORE)], "flags and project of a file"),
@@ -114,7 +119,7 @@ const USERS: &[Rule] = &[
 /// The process reaches its share and nothing else.
 pub const POLICY: Policy = Policy {
     name: "outboard-virtiofsd",
-    limits: Limits { descriptors: OWN_DESCRIPTORS, threads: MAX_QUEUES as u64 + MAX_POOL as u64 + 3 },
+    limits: Limits { descriptors: OWN_DESCRIPTORS, threads: MAX_QUEUES as u64 + MAX_POOL as u64 + 4 },
     capabilities: OF_MANY,
     control: &[RUNTIME, PROTOCOL],
     threads: &[

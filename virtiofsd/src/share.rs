@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use sandbox::{Access, Detach, Reach, detach};
 
 use crate::args::{Config, Place};
-use crate::fs::Share;
+use crate::fs::{Session, Share};
 use crate::magic::Magic;
 use crate::tree::{Budget, Tree};
 
@@ -36,8 +36,8 @@ impl Opened {
             Place::Given(fd) => (inherited(*fd)?, !config.submounts),
         };
         let kind = FileType::from_raw_mode(fstat(&root).context("Cannot look at the share")?.st_mode);
-        if kind != FileType::Directory {
-            bail!("Cannot share {}: it is no directory", config.place);
+        if !matches!(kind, FileType::Directory | FileType::RegularFile) {
+            bail!("Cannot share {}: it is neither a directory nor a file", config.place);
         }
         Ok(Opened { root, one_mount, magic: Magic::open()? })
     }
@@ -53,7 +53,7 @@ impl Opened {
     ///
     /// # Errors
     /// The system's.
-    pub fn share(self, config: &Config) -> Result<Share> {
+    pub fn share(self, config: &Config, session: Session) -> Result<Share> {
         let mut bytes = [[0; 8]; 2];
         for number in &mut bytes {
             getrandom(&mut number[..], GetRandomFlags::empty()).context("Cannot get random numbers")?;
@@ -65,6 +65,6 @@ impl Opened {
         };
         let tree =
             Tree::new(self.root, budget, self.one_mount, bytes.map(u64::from_ne_bytes)).context("Cannot look at the share")?;
-        Ok(Share::new(tree, self.magic, config.settings.clone(), config.owners.clone()))
+        Ok(Share::new(tree, self.magic, session, config.settings.clone(), config.owners.clone()))
     }
 }

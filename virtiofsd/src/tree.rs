@@ -95,9 +95,10 @@ pub(crate) struct Found<'a> {
 
 /// How to come to an inode.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "it is looked into at once, and kept nowhere")]
 pub(crate) enum Way {
     Open(Arc<OwnedFd>),
-    Named { parent: u64, name: Text, identity: Identity },
+    Named { parent: u64, name: Text, identity: Identity, again: bool },
 }
 
 /// A name, copied.
@@ -135,21 +136,9 @@ impl Tree {
         Ok(Tree { root, shards, seed, budget, mounts, handles, one_mount })
     }
 
-    pub(crate) fn root(&self) -> &Root {
-        &self.root
-    }
-
     /// How names are followed here.
     pub(crate) fn resolve(&self) -> ResolveFlags {
         if self.one_mount { RESOLVE.union(ResolveFlags::NO_XDEV) } else { RESOLVE }
-    }
-
-    /// Nodes and descriptors of nodes that there are.
-    pub(crate) fn usage(&self) -> (u64, u64) {
-        self.shards.iter().fold((0, 0), |(nodes, open), shard| {
-            let shard = lock(shard);
-            (nodes.saturating_add(shard.len().into()), open.saturating_add(shard.open() as u64))
-        })
     }
 
     /// The identity of a file that was looked at under a name.
@@ -317,7 +306,9 @@ impl Tree {
             None if node.orphan => Err(Errno::STALE),
             None => {
                 let name = Text::new(&node.name).ok_or(Errno::STALE)?;
-                Ok(Way::Named { parent: node.parent, name, identity: node.identity })
+                // Asked about twice: it will be again.
+                let again = std::mem::replace(&mut node.warm, true);
+                Ok(Way::Named { parent: node.parent, name, identity: node.identity, again })
             }
         });
         way.map_or_else(|| Ok(Way::Open(Arc::clone(&self.root.fd))), |way| way?)
@@ -339,7 +330,7 @@ impl Tree {
         let mut fd = loop {
             match self.way(at)? {
                 Way::Open(fd) => break fd,
-                Way::Named { parent, name, identity } => {
+                Way::Named { parent, name, identity, .. } => {
                     down.push((at, name, identity));
                     at = parent;
                 }

@@ -8,6 +8,7 @@ mod disk;
 mod guest;
 mod memory;
 mod process;
+mod share;
 mod start;
 mod table;
 mod trace;
@@ -54,6 +55,8 @@ enum Group {
     Memory,
     /// The disk server: rate and processor time (3)
     Blk,
+    /// The file server: rate, processor time and latency (3)
+    Fs,
     /// Confining one process (30)
     Confinement,
     /// One small request to the rng process (5)
@@ -77,10 +80,11 @@ impl Part {
     }
 }
 
-const GROUPS: [(Group, &str, Parts); 6] = [
+const GROUPS: [(Group, &str, Parts); 7] = [
     (Group::Start, "start", start::parts),
     (Group::Memory, "memory", memory::parts),
     (Group::Blk, "blk", disk::parts),
+    (Group::Fs, "fs", share::parts),
     (Group::Confinement, "confinement", || vec![Part::new("one process", device::confinement)]),
     (Group::Rng, "rng", || vec![Part::new("one byte", device::round_trip)]),
     (Group::Guest, "guest", || vec![Part::new("boot and requests", guest::rows)]),

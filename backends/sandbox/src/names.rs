@@ -16,7 +16,7 @@ names! {
     SYS_openat2 SYS_pidfd_send_signal SYS_ppoll SYS_prctl SYS_pread64 SYS_preadv2 SYS_pwrite64 SYS_pwritev2 SYS_read
     SYS_readlinkat SYS_recvmsg SYS_renameat2 SYS_restart_syscall SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sched_yield
     SYS_sendfile SYS_sendmsg SYS_sendto SYS_setfsgid SYS_setfsuid SYS_setgroups SYS_setresgid SYS_setresuid SYS_sigaltstack
-    SYS_socketpair SYS_statx SYS_symlinkat SYS_syncfs SYS_tgkill SYS_unlinkat SYS_utimensat SYS_waitid SYS_write
+    SYS_socketpair SYS_statx SYS_symlinkat SYS_syncfs SYS_tgkill SYS_umask SYS_unlinkat SYS_utimensat SYS_waitid SYS_write
 }
 
 /// Extended attributes by path. The C library's crate does not have them yet; their numbers are the same on all architectures whose

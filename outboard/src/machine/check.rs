@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::disk::{self, Disk};
 use super::schema::MOST_CPUS;
+use super::share;
 use super::{Backend, Machine, Stdio, size};
 use crate::usage;
 
@@ -42,7 +43,10 @@ pub fn all(machine: &Machine) -> Vec<(String, anyhow::Error)> {
         note(&device.name, name(&device.name, "device"));
         note(&device.name, unique(&device.name, &mut names));
         let backend = match &device.backend {
-            Backend::Process(program) => program.disk.as_ref().map_or(Ok(()), |disk| images(disk, &device.name)),
+            Backend::Process(program) => {
+                let disk = program.disk.as_ref().map_or(Ok(()), |disk| images(disk, &device.name));
+                disk.and_then(|()| program.share.as_ref().map_or(Ok(()), |share| share::check(share, &device.name)))
+            }
             Backend::Socket(path) => socket(path, &device.name),
         };
         note(&device.name, backend);

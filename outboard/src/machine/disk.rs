@@ -115,7 +115,7 @@ impl Disk {
             args.extend(["--serial".into(), serial.into()]);
         }
         let queues = self.queues;
-        let program = Program { name: "outboard-blk", args, stdio: Stdio::Nothing, disk: Some(Box::new(self)) };
+        let program = Program { name: "outboard-blk", args, stdio: Stdio::Nothing, disk: Some(Box::new(self)), share: None };
         Device { name, class: Class::Named("blk".to_owned()), queues, backend: Backend::Process(program) }
     }
 

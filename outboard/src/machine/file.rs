@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 
 use self::values::Values;
 use super::disk::{Disk, Image, Limits, Rate, SCRATCH};
+use super::share::Share;
 use super::{Backend, Class, Console, Device, Machine, Restart, Serial, rng, size};
 use crate::args::{ImageFormat, OnReboot};
 use crate::error::Usage;
@@ -80,10 +81,13 @@ pub fn look(text: &str, name: &str, dir: &Path) -> Result<Read, Vec<Problem>> {
     let mut lines = BTreeMap::new();
     let mut devices: Vec<Device> = Vec::new();
     let mut own = None;
+    let cpus = tables.iter().find(|table| table.kind == "machine").and_then(|table| table.number("cpus"));
+    let cpus = cpus.and_then(|cpus| u8::try_from(cpus).ok()).unwrap_or(1);
     // The guest finds the devices in the order of the file.
     for table in &tables {
         let device = match table.kind {
             "disk" => disk(table, dir),
+            "share" => share(table, dir, cpus),
             "rng" => rng_device(table),
             "console" => console(table, dir),
             "device" => foreign(table, dir),
@@ -101,7 +105,7 @@ pub fn look(text: &str, name: &str, dir: &Path) -> Result<Read, Vec<Problem>> {
     let default_name = Path::new(name).file_stem().map_or_else(|| "machine".into(), |stem| stem.to_string_lossy().into_owned());
     let machine = Machine {
         name: table.text("name").unwrap_or(default_name),
-        cpus: table.number("cpus").and_then(|cpus| u8::try_from(cpus).ok()).unwrap_or(1),
+        cpus,
         memory: table.text("memory").and_then(|text| size::parse(&text).ok()).unwrap_or(512 << 20),
         kernel: dir.join(table.text("kernel").unwrap_or_default()),
         initrd: table.text("initrd").map(|path| dir.join(path)),
@@ -156,6 +160,21 @@ fn disk(table: &Values, dir: &Path) -> Device {
         serial: table.text("serial"),
     }
     .device(table.name.clone())
+}
+
+fn share(table: &Values, dir: &Path, cpus: u8) -> Device {
+    Share {
+        path: path(table, "path", dir),
+        readonly: table.yes("readonly"),
+        cache: table.text("cache"),
+        owner: table.text("owner"),
+        writeback: table.yes("writeback"),
+        xattr: table.yes("xattr"),
+        posix_acl: table.yes("posix-acl"),
+        negative_timeout: table.number("negative-timeout"),
+        queues: queues(table),
+    }
+    .device(table.name.clone(), cpus)
 }
 
 /// As the schema lets it be written.

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use super::disk::{self, Disk, Image, SCRATCH};
 use super::nearest::nearest;
+use super::share::Share;
 use super::{Backend, Class, Console, Device, Machine, Restart, file, rng, size};
 use crate::args::{Flags, ImageFormat};
 use crate::usage;
@@ -16,6 +17,9 @@ pub fn machine(flags: &Flags, dir: &Path) -> Result<Machine> {
     let mut devices = Vec::new();
     for (index, text) in flags.disk.iter().enumerate() {
         devices.push(disk_device(text, index, dir)?);
+    }
+    for (index, text) in flags.share.iter().enumerate() {
+        devices.push(share(text, index, dir, flags.cpus.unwrap_or(1))?);
     }
     if flags.rng {
         devices.push(rng("rng0".to_owned(), None));
@@ -81,6 +85,36 @@ fn disk_device(text: &str, index: usize, dir: &Path) -> Result<Device> {
     disk.images.insert(0, Image { path, format });
     Ok(disk.device(format!("disk{index}")))
 }
+
+fn share(text: &str, index: usize, dir: &Path, cpus: u8) -> Result<Device> {
+    let mut share = Share::default();
+    let mut tag = format!("share{index}");
+    for (key, value) in pairs(text) {
+        match (key, value) {
+            ("path", Some(value)) => share.path = dir.join(value),
+            ("tag", Some(value)) => tag = value.to_owned(),
+            ("readonly", None) => share.readonly = true,
+            ("cache", Some(word @ ("never" | "metadata" | "auto" | "always"))) => share.cache = Some(word.to_owned()),
+            ("owner", Some(value)) => share.owner = Some(value.to_owned()),
+            ("writeback", None) => share.writeback = true,
+            ("xattr", None) => share.xattr = true,
+            ("posix-acl", None) => share.posix_acl = true,
+            ("negative-timeout", Some(value)) => share.negative_timeout = Some(number(value, "--share", text)?.into()),
+            ("queues", Some(value)) => share.queues = Some(number(value, "--share", text)?),
+            ("cache", Some(value)) => usage!("--share {text}: Unknown value `{value}`; see outboard run --help"),
+            _ => {
+                return unknown("--share", text, key, SHARE_KEYS);
+            }
+        }
+    }
+    if share.path.as_os_str().is_empty() {
+        usage!("--share {text}: A share needs path=PATH");
+    }
+    Ok(share.device(tag, cpus))
+}
+
+const SHARE_KEYS: &[&str] =
+    &["path", "tag", "readonly", "cache", "owner", "writeback", "xattr", "posix-acl", "negative-timeout", "queues"];
 
 const DISK_KEYS: &[&str] = &[
     "path",

@@ -100,7 +100,7 @@ const fn key(name: &'static str, kind: Kind, about: &'static str, without: Witho
 const REQUIRED: Without = Without::Required;
 
 /// All tables.
-pub const TABLES: [Table; 5] = [
+pub const TABLES: [Table; 6] = [
     Table {
         name: "machine",
         named: false,
@@ -201,6 +201,43 @@ pub const TABLES: [Table; 5] = [
             Rule::Needs("limit-ops-burst", "limit-ops"),
             Rule::Needs("limit-bytes-burst", "limit-bytes"),
         ],
+    },
+    Table {
+        name: "share",
+        named: true,
+        about: "A directory of this host, served by [outboard-virtiofsd](virtiofsd.md). The table's name is the tag: \
+                `mount -t virtiofs NAME /mnt`.",
+        notes: "Files of whoever starts the machine are the guest's root's, both ways, without any privilege; \
+                [more about owners](virtiofsd.md#whose-files-are-whose). When the process dies, another one goes on; what the \
+                guest had open gives an error (`ESTALE`, `EBADF`) and is to be opened again.",
+        keys: &[
+            key("path", Kind::Path, "the directory", REQUIRED),
+            key("readonly", Kind::Bool, "the guest cannot write", Without::Default("false")),
+            key(
+                "cache",
+                Kind::Choice(&["never", "metadata", "auto", "always"]),
+                "what the guest keeps: nothing, what is known of files, that and data for a second, everything",
+                Without::Default("\"auto\""),
+            ),
+            key(
+                "owner",
+                Kind::Text(Some(20)),
+                "whose files are whose: `me` or `me=ID`, mine are those of the guest's user of that number; `squash` or \
+                 `squash=ID`, all are",
+                Without::Default("\"me\""),
+            ),
+            key("writeback", Kind::Bool, "the guest collects what is written", Without::Default("false")),
+            key("xattr", Kind::Bool, "extended attributes", Without::Default("false")),
+            key("posix-acl", Kind::Bool, "access control lists, and extended attributes", Without::Default("false")),
+            key(
+                "negative-timeout",
+                Kind::Number(1, 86400),
+                "for how many seconds the guest believes that something is not there",
+                Without::Words("it asks each time"),
+            ),
+            key("queues", Kind::Number(1, 16), "request queues, each with a thread", Without::Words("one for each processor")),
+        ],
+        rules: &[],
     },
     Table {
         name: "rng",

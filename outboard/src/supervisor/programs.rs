@@ -10,7 +10,7 @@ use crate::machine::{Backend, Machine};
 /// The VMM's file name.
 pub const VMM: &str = "outboard-vmm";
 /// All programs that a machine may need.
-pub const PROGRAMS: [&str; 4] = [VMM, "outboard-blk", "outboard-rng", "outboard-console"];
+pub const PROGRAMS: [&str; 5] = [VMM, "outboard-blk", "outboard-rng", "outboard-console", "outboard-virtiofsd"];
 
 /// The directory of the programs.
 #[derive(Debug)]

@@ -10,6 +10,7 @@ use rustix::io::ioctl_fionbio;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair};
 use rustix::process::Signal;
 use sandbox::NetNamespace;
+use virtio::words;
 
 use super::drive::Drive;
 use super::policy::Backoff;
@@ -39,6 +40,8 @@ pub struct Slot<'a> {
     pub state: Option<DeviceState>,
     /// The disk, if it is one of ours.
     pub drive: Option<Drive<'a>>,
+    /// What a process leaves for its successor.
+    memory: Option<OwnedFd>,
     /// Its backend has been connected at least once.
     pub served: bool,
     /// How often it was started, or connected, again.
@@ -61,6 +64,7 @@ impl<'a> Slot<'a> {
         Self {
             device,
             drive: device.disk().map(|disk| Drive::new(&device.name, disk)),
+            memory: None,
             process: None,
             state: None,
             served: false,
@@ -94,11 +98,18 @@ impl<'a> Slot<'a> {
                 let handed = handed.with_context(|| format!("Cannot start the disk `{}`", self.device.name))?;
                 let mut args = arguments(program, machine);
                 args.extend(handed.iter().flat_map(|handed| handed.args.iter().cloned()));
+                if program.share.is_some() {
+                    args.extend(["--session-fd".into(), (CONNECTION + 1).to_string().into()]);
+                    if self.memory.is_none() {
+                        self.memory = Some(words::make("session").context("Cannot make a page for a session")?);
+                    }
+                }
+                let memory = self.memory.iter().map(|page| (page.as_fd(), CONNECTION + 1));
                 let more = handed.iter().flat_map(|handed| &handed.fds).map(|(fd, number)| (fd.as_fd(), *number));
                 let order = Order {
                     program: &programs.path(program.name),
                     args,
-                    fds: [(theirs.as_fd(), CONNECTION)].into_iter().chain(more).collect(),
+                    fds: [(theirs.as_fd(), CONNECTION)].into_iter().chain(memory).chain(more).collect(),
                     stdio: program.stdio,
                     net,
                 };

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::attack::Kind;
 use crate::blk::bench::Load;
 use crate::device::Shape;
+use crate::fs;
 
 /// A guest without a VM: drives any vhost-user backend.
 #[derive(Debug, Parser)]
@@ -97,6 +98,29 @@ pub enum Fs {
         /// For machines
         #[arg(long)]
         json: bool,
+    },
+    /// Measure the server. A file called `outboard-bench` is made in what it shares
+    Bench {
+        /// The server's socket
+        socket: PathBuf,
+        /// What is measured
+        #[arg(long, value_enum, default_value = "getattr")]
+        load: fs::bench::Load,
+        /// Bytes of a read or write
+        #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..=1 << 20))]
+        block_size: u32,
+        /// Requests at a time, on all queues together
+        #[arg(long, default_value_t = 1)]
+        depth: usize,
+        /// For how long
+        #[arg(long, default_value_t = 2.0)]
+        seconds: f64,
+        /// For machines
+        #[arg(long)]
+        json: bool,
+        /// How rings are made. `--queues` are request queues
+        #[command(flatten)]
+        rings: Rings,
     },
     /// Mount it on this host until it is unmounted or this program is ended
     Mount {

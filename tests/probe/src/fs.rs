@@ -19,6 +19,7 @@ use layout::{Layout, Side};
 use wire::{BEFORE_DATA, MOST_DATA, OUT_HEADER, Request, Settled};
 
 pub mod attack;
+pub mod bench;
 pub mod bridge;
 pub mod layout;
 pub mod message;

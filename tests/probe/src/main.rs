@@ -68,6 +68,15 @@ fn run(verb: Verb) -> Result<bool> {
         }
         Verb::Fs(Fs::Info { socket, json }) => share_info(&socket, json),
         Verb::Fs(Fs::Attack { case, list, json, command }) => share_attack(&case, list, json, command),
+        Verb::Fs(Fs::Bench { socket, load, block_size: size, depth, seconds, json, rings }) => {
+            let time = Duration::try_from_secs_f64(seconds).context("Not a time")?;
+            let plan = fs::bench::Plan { load, size, depth, time, seed: rings.seed };
+            let mut how = fs::Plan::new(rings, false);
+            how.shape.memory += fs::bench::memory(&plan);
+            let mut share = Share::open(connect(&socket)?, &how)?;
+            show(&fs::bench::run(&mut share, plan)?, json);
+            Ok(true)
+        }
         Verb::Fs(Fs::Mount { socket, folder, scatter, rings }) => share(&socket, &folder, &fs::Plan::new(rings, scatter)),
         Verb::Storm { what: StormOf::Blk { snapshots, plan } } => {
             kill(&plan, |backend, how, progress| storm::blk(backend, snapshots.as_deref(), how, progress))
@@ -197,14 +206,17 @@ fn check(socket: &Path, length: Option<u64>, block_size: u32, depth: usize, ring
 fn measure(socket: &Path, plan: bench::Plan, json: bool, rings: Rings) -> Result<bool> {
     aligned(0, plan.size.into())?;
     let mut disk = Disk::open(connect(socket)?, rings.shape(plan.depth, plan.size), 0, plan.size, plan.seed)?;
-    let report = bench::run(&mut disk, plan)?;
+    show(&bench::run(&mut disk, plan)?, json);
+    Ok(true)
+}
+
+fn show(report: &bench::Report, json: bool) {
     let [p50, p99] = [report.p50, report.p99].map(|time| time.as_secs_f64() * 1e6);
     if json {
         println!("{}", json!({"requests_per_second": report.rate(), "p50_us": p50, "p99_us": p99, "requests": report.requests}));
     } else {
         println!("{:.0} requests/s, p50 {p50:.1} us, p99 {p99:.1} us", report.rate());
     }
-    Ok(true)
 }
 
 fn share_info(socket: &Path, json: bool) -> Result<bool> {

@@ -15,6 +15,7 @@ mod guest {
     mod life;
     mod machine;
     mod outside;
+    mod shares;
     mod uml;
     mod view;
     mod virtiofsd;

@@ -197,11 +197,19 @@ impl Share {
     }
 
     pub(super) fn release(&self, node: u64, handle: u64) -> Outcome {
-        self.tree.handles.remove(handle, node).map(|_closed| EMPTY)
+        drop(self.tree.handles.remove(handle, node)?);
+        if self.settings.locks {
+            // A lock on the whole file went with it.
+            self.waiting.look_again();
+        }
+        Ok(EMPTY)
     }
 
-    pub(super) fn flush(&self, node: u64, handle: u64, io: Io<'_>) -> Outcome {
+    pub(super) fn flush(&self, (node, handle): (u64, u64), owner: u64, io: Io<'_>) -> Outcome {
         let handle = self.tree.handles.get(handle, node)?;
+        if self.settings.locks && self.locks.give_up(node, owner) {
+            self.waiting.look_again();
+        }
         if !handle.slow {
             return Ok(EMPTY);
         }

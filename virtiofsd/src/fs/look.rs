@@ -48,7 +48,8 @@ impl Share {
     pub(super) fn stat(&self, node: u64) -> Result<Statx, Errno> {
         match self.tree.way(node)? {
             Way::Open(fd) => look(&fd, c""),
-            Way::Named { parent, name, identity } => {
+            Way::Named { again: true, .. } => look(&self.tree.fd(node)?, c""),
+            Way::Named { parent, name, identity, .. } => {
                 let dir = self.tree.fd(parent)?;
                 let stat =
                     look(&dir, name.as_c_str()).map_err(|errno| if errno == Errno::NOENT { Errno::STALE } else { errno })?;

@@ -21,9 +21,9 @@ impl Share {
         if major < abi::MAJOR || minor < abi::OLDEST_MINOR {
             return Err(Errno::PROTO);
         }
-        if self.session.begun.swap(true, Ordering::Relaxed) {
+        if self.session.begun.swap(1, Ordering::Relaxed) != 0 {
             // A guest that begins anew has forgotten what it knew.
-            self.tree.forget_all();
+            self.end();
         }
         let agreed = flags & self.offers();
         self.session.flags.store(agreed, Ordering::Relaxed);
@@ -40,7 +40,7 @@ impl Share {
         }))
     }
 
-    fn offers(&self) -> u64 {
+    pub(super) fn offers(&self) -> u64 {
         let settings = &self.settings;
         let when = |condition: bool, flags: u64| if condition { flags } else { 0 };
         init::ASYNC_READ
@@ -70,10 +70,12 @@ impl Share {
         Ok(EMPTY)
     }
 
-    /// The guest is gone, or was started anew.
+    /// The guest is gone, or was started anew. What was agreed on stays until something else is: a frontend may come back with a guest
+    /// that does not know it was away.
     pub fn end(&self) {
+        self.waiting.interrupt_all();
+        self.locks.clear();
         self.tree.forget_all();
-        self.session.begun.store(false, Ordering::Relaxed);
     }
 
     pub(super) fn forget(&self, node: u64, count: u64) -> Outcome {

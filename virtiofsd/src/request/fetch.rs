@@ -58,6 +58,11 @@ impl<'a> Fetched<'a> {
         self.bytes
     }
 
+    /// What it asks for, as it says.
+    pub fn opcode(&self) -> u32 {
+        self.bytes.get(4..8).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    }
+
     /// The bytes of both sides of the chain.
     pub fn room(&self) -> Room {
         self.room

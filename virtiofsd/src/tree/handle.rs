@@ -43,11 +43,6 @@ impl Handles {
         Handles { shards, count: AtomicU32::new(0), most }
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> u32 {
-        self.count.load(Ordering::Relaxed)
-    }
-
     /// A number for a handle.
     ///
     /// # Errors

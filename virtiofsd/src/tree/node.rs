@@ -36,14 +36,14 @@ impl Identity {
     }
 }
 
-/// The type of a file: the bits of its mode.
+/// The type of a file: the highest four bits of its mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Kind(u8);
 
 impl Kind {
-    pub(crate) const DIRECTORY: Kind = Kind((libc::S_IFDIR >> 12) as u8);
-    pub(crate) const REGULAR: Kind = Kind((libc::S_IFREG >> 12) as u8);
-    pub(crate) const SYMLINK: Kind = Kind((libc::S_IFLNK >> 12) as u8);
+    pub(crate) const DIRECTORY: Kind = Kind(0o4);
+    pub(crate) const REGULAR: Kind = Kind(0o10);
+    pub(crate) const SYMLINK: Kind = Kind(0o12);
 
     pub(crate) fn of(mode: u16) -> Kind {
         Kind(mode.to_be_bytes()[0] >> 4)

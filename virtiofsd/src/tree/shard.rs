@@ -31,14 +31,6 @@ impl Shard {
         Shard { nodes, index, seed, open: Vec::new(), hand: 0, most_open }
     }
 
-    pub(crate) fn len(&self) -> u32 {
-        self.nodes.len()
-    }
-
-    pub(crate) fn open(&self) -> usize {
-        self.open.len()
-    }
-
     pub(crate) fn get_mut(&mut self, key: Key) -> Option<&mut Node> {
         self.nodes.get_mut(key)
     }

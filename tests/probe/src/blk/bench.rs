@@ -122,8 +122,7 @@ pub fn run(disk: &mut Disk, plan: Plan) -> Result<Report> {
             rest(&mut disk.device, plan.poll, start)?;
         }
     }
-    let elapsed = start.elapsed();
-    Ok(Report { requests: times.count, elapsed, p50: times.quantile(50), p99: times.quantile(99) })
+    Ok(times.report(start.elapsed()))
 }
 
 /// Completions that are taken with one look at the clock.
@@ -236,7 +235,7 @@ const PLACES: usize = 64 * 32;
 
 /// How long requests took, counted as they come.
 #[derive(Debug)]
-struct Times {
+pub struct Times {
     counts: Vec<u64>,
     count: u64,
 }
@@ -248,7 +247,8 @@ impl Default for Times {
 }
 
 impl Times {
-    fn add(&mut self, time: Duration) {
+    /// One that took so long.
+    pub fn add(&mut self, time: Duration) {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(PARTS);
         let octave = nanos.ilog2();
         // Of the octave's PARTS parts, the one it lies in.
@@ -258,6 +258,16 @@ impl Times {
             *count += 1;
         }
         self.count += 1;
+    }
+
+    /// How many.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// What came out, in so much time.
+    pub fn report(&self, elapsed: Duration) -> Report {
+        Report { requests: self.count, elapsed, p50: self.quantile(50), p99: self.quantile(99) }
     }
 
     /// The smallest time that `percent` of all do not exceed, to one part of an octave.

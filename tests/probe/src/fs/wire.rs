@@ -211,6 +211,12 @@ pub fn init(unique: u64) -> Vec<u8> {
     request(INIT, unique, &words.map(u32::to_le_bytes).concat())
 }
 
+/// A request of the guest's root about an inode, with data of `more` bytes to come behind it.
+pub fn about(opcode: u32, node: u64, more: u32, body: &[u8]) -> Vec<u8> {
+    let len = IN_HEADER.saturating_add(u32::try_from(body.len()).unwrap_or(0)).saturating_add(more);
+    [&[len, opcode].map(u32::to_le_bytes).concat()[..], &6_u64.to_le_bytes(), &node.to_le_bytes(), &[0; 16], body].concat()
+}
+
 fn request(opcode: u32, unique: u64, body: &[u8]) -> Vec<u8> {
     let len = IN_HEADER.saturating_add(u32::try_from(body.len()).unwrap_or(0));
     [&[len, opcode].map(u32::to_le_bytes).concat()[..], &unique.to_le_bytes(), &[0; 24], body].concat()

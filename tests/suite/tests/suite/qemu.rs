@@ -3,11 +3,13 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use suite::{Scratch, Server};
+use suite::{Scratch, Server, program};
 
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -84,7 +86,7 @@ fn disk(server: &Server, id: &str, queues: u16) -> Vec<String> {
     .to_vec()
 }
 
-fn blk(scratch: &Scratch, image: &std::path::Path, more: &[&str]) -> Server {
+fn blk(scratch: &Scratch, image: &Path, more: &[&str]) -> Server {
     Server::start("outboard-blk", scratch, &[&["--blk-file", image.to_str().unwrap(), "--format", "raw"][..], more].concat())
 }
 
@@ -128,4 +130,63 @@ fn a_guest_of_qemu_does_not_notice_that_its_disk_was_killed() {
     }
     qemu.wait_for("outboard-run: exit");
     assert!(qemu.text().contains("outboard-run: exit 0"), "{}", qemu.text());
+}
+
+/// The server of a directory, run by an ordinary user.
+struct Directory {
+    server: Child,
+    socket: PathBuf,
+}
+
+impl Directory {
+    const USER: u32 = 1000;
+
+    fn share(scratch: &Scratch, directory: &Path) -> Directory {
+        let socket = scratch.path("fs.sock");
+        chown(scratch.path(""), Some(Directory::USER), Some(Directory::USER)).unwrap();
+        let mut command = Command::new(program("outboard-virtiofsd"));
+        command.arg("--shared-dir").arg(directory).arg("--socket-path").arg(&socket).args(["--cache", "always", "--xattr"]);
+        let server = command.uid(Directory::USER).gid(Directory::USER).spawn().unwrap();
+        suite::wait_for("the server of the directory", || socket.exists().then_some(()));
+        Directory { server, socket }
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _already_gone = self.server.kill();
+        let _reaped = self.server.wait();
+    }
+}
+
+/// Debian, all of it in a directory of an ordinary user's. Everything there is root's in the guest, and that user's here.
+#[test]
+fn a_guest_of_qemu_boots_from_a_directory_that_an_ordinary_user_shares() {
+    let (one, two, rest) = (Scratch::new(), Scratch::new(), Scratch::new());
+    let house = rest.path("house");
+    fs::create_dir(&house).unwrap();
+    let image = place("OUTBOARD_GUEST").join("root.img");
+    let dump = Command::new("debugfs").arg("-R").arg(format!("rdump / {}", house.display())).arg(&image).output().unwrap();
+    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    let owner = format!("{0}:{0}", Directory::USER);
+    assert!(Command::new("chown").args(["-Rh", &owner]).arg(&house).status().unwrap().success());
+    let command = "set -e; grep -q 'house / virtiofs rw' /proc/mounts; test $(stat -c %u /usr/bin/bash) = 0; bash -c 'echo made-by-bash >/root/made'\n\
+        cp -a /usr/bin /root/bin; (cd /usr/bin; sha256sum [a-m]*) >/tmp/sums; (cd /root/bin; sha256sum -c --quiet /tmp/sums); find /usr /etc | wc -l; mkfifo /root/pipe; ln -s made /root/link\n\
+        chmod 2711 /root/bin; setfattr 2>/dev/null -n user.x -v 1 /root/made || true; dd if=/dev/zero of=/root/big bs=1M count=32 status=none; sync; rm /root/big\n\
+        if dmesg | grep -v Speculative | grep -iE 'WARNING:|BUG:|virtio.*error'; then exit 9; fi";
+    let directory = Directory::share(&rest, &house);
+    let root = blk(&one, &image, &["--read-only"]);
+    let text = blk(&two, &script(&rest, command), &["--read-only"]);
+    let mut devices = [disk(&root, "a", 1), disk(&text, "b", 1)].concat();
+    devices.extend(["-chardev".to_owned(), format!("socket,id=f,path={}", directory.socket.display())]);
+    devices.extend(["-device".to_owned(), "vhost-user-fs-pci,chardev=f,tag=house".to_owned()]);
+    let mut qemu = Qemu::start(&rest, "root=virtiofs:house rw", &devices);
+    qemu.wait_for("outboard-run: exit");
+    assert!(qemu.text().contains("outboard-run: exit 0"), "{}", qemu.text());
+    assert_eq!(fs::read(house.join("root/made")).unwrap(), b"made-by-bash\n");
+    for path in ["root/made", "root/bin", "root/bin/bash", "root/pipe", "root/link"] {
+        let about = fs::symlink_metadata(house.join(path)).unwrap();
+        assert_eq!((about.uid(), about.gid()), (Directory::USER, Directory::USER), "{path} is the user's");
+    }
+    assert!(!house.join("root/big").exists());
 }
