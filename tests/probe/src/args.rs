@@ -135,6 +135,22 @@ pub enum Fs {
         #[command(flatten)]
         rings: Rings,
     },
+    /// Send it requests that no guest's kernel would send, and see how it takes them. Ends with 1 if it does not take one rightly
+    Attack {
+        /// Only cases whose THEME/NAME contains this; may be given more than once
+        #[arg(long)]
+        case: Vec<String>,
+        /// Say which cases there are, and do nothing
+        #[arg(long)]
+        list: bool,
+        /// For machines
+        #[arg(long)]
+        json: bool,
+        /// The command that starts the server, anew for each case. `{share}` in it becomes the folder it is to share, which is made
+        /// here; `{socket}` the path to listen on
+        #[arg(last = true, required_unless_present = "list")]
+        command: Vec<String>,
+    },
 }
 
 /// What to do with a disk.

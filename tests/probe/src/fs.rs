@@ -18,10 +18,13 @@ use crate::ring::Buffer;
 use layout::{Layout, Side};
 use wire::{BEFORE_DATA, MOST_DATA, OUT_HEADER, Request, Settled};
 
+pub mod attack;
 pub mod bench;
 pub mod bridge;
 pub mod layout;
+pub mod message;
 pub mod mount;
+pub mod raw;
 pub mod wire;
 
 /// Requests that are out at a time.

@@ -67,6 +67,7 @@ fn run(verb: Verb) -> Result<bool> {
             measure(&socket, bench::Plan { load, size, depth, time, poll, seed: rings.seed }, json, rings)
         }
         Verb::Fs(Fs::Info { socket, json }) => share_info(&socket, json),
+        Verb::Fs(Fs::Attack { case, list, json, command }) => share_attack(&case, list, json, command),
         Verb::Fs(Fs::Bench { socket, load, block_size: size, depth, seconds, json, rings }) => {
             let time = Duration::try_from_secs_f64(seconds).context("Not a time")?;
             let plan = fs::bench::Plan { load, size, depth, time, seed: rings.seed };
@@ -243,6 +244,47 @@ fn share_info(socket: &Path, json: bool) -> Result<bool> {
     println!("max background  {} requests", settled.max_background);
     println!("times           to {} ns", settled.time_gran);
     Ok(true)
+}
+
+/// The cases that are asked for, each with its theme.
+fn share_cases(wanted: &[String]) -> Result<Vec<(&'static str, fs::attack::Case)>> {
+    let all = fs::attack::themes().into_iter().flat_map(|(theme, cases)| cases.into_iter().map(move |case| (theme, case)));
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str()));
+    let cases: Vec<_> = all.filter(|(theme, case)| is_wanted(&format!("{theme}/{}", case.name))).collect();
+    if cases.is_empty() {
+        bail!("There is no case {}; see --list", wanted.join(", "));
+    }
+    Ok(cases)
+}
+
+fn share_attack(wanted: &[String], list: bool, json: bool, command: Vec<String>) -> Result<bool> {
+    let cases = share_cases(wanted)?;
+    if list {
+        cases.iter().for_each(|(theme, case)| println!("{theme}/{}", case.name));
+        return Ok(true);
+    }
+    let mut victim = fs::attack::Victim::new(command)?;
+    victim.greet()?;
+    let mut all = Vec::new();
+    for (theme, case) in &cases {
+        let name = format!("{theme}/{}", case.name);
+        let verdict = victim.suffer(case).with_context(|| format!("at {name}"))?;
+        let (outcome, detail) = (verdict.outcome.name(), verdict.outcome.detail());
+        if !json {
+            println!("{:<40}{:<16}{}{detail}", name, outcome, if verdict.right { "" } else { "WRONG " });
+        }
+        let survived = verdict.outcome.survived();
+        all.push(json!({"theme": theme, "case": case.name, "outcome": outcome, "detail": detail, "survived": survived,
+            "right": verdict.right}));
+    }
+    let count = |key: &str| all.iter().filter(|case| case[key] == true).count();
+    let (survived, right) = (count("survived"), count("right"));
+    if json {
+        println!("{}", json!({"attacks": all.len(), "survived": survived, "right": right, "cases": all}));
+    } else {
+        println!("{} attacks, {survived} survived, {right} taken rightly", all.len());
+    }
+    Ok(right == all.len())
 }
 
 fn share(socket: &Path, folder: &Path, plan: &fs::Plan) -> Result<bool> {

@@ -91,6 +91,11 @@ impl Memory {
         self.map.read_slice(bytes, GuestAddress(at)).expect("the probe's own addresses are in its memory");
     }
 
+    /// The same memory for another thread, which writes while the backend reads.
+    pub fn view(&self) -> View {
+        View(self.map.clone())
+    }
+
     /// Stores a number the backend reads at the same time.
     pub fn store(&self, at: u64, value: u16, order: Ordering) {
         self.map.store(value.to_le(), GuestAddress(at), order).expect("the probe's own addresses are in its memory");
@@ -100,6 +105,17 @@ impl Memory {
     pub fn load(&self, at: u64, order: Ordering) -> u16 {
         let value: u16 = self.map.load(GuestAddress(at), order).expect("the probe's own addresses are in its memory");
         u16::from_le(value)
+    }
+}
+
+/// Guest memory as another thread of the guest has it.
+#[derive(Clone, Debug)]
+pub struct View(GuestMemoryMmap);
+
+impl View {
+    /// Writes bytes.
+    pub fn write(&self, at: u64, bytes: &[u8]) {
+        self.0.write_slice(bytes, GuestAddress(at)).expect("the probe's own addresses are in its memory");
     }
 }
 

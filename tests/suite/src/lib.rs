@@ -13,6 +13,7 @@ pub mod card;
 pub mod disktools;
 pub mod escape;
 pub mod fstools;
+pub mod share;
 pub mod tracer;
 pub mod virtiofsd;
 

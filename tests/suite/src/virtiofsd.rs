@@ -88,12 +88,21 @@ impl Virtiofsd {
 
 /// Upstream's, without a sandbox of its own: not every place where tests are run lets it make one.
 fn upstreams() -> Command {
+    let whole = command(&["--sandbox", "none"]);
+    let (program, words) = whole.split_first().expect("a command begins with a program");
+    let mut command = Command::new(program);
+    command.args(words);
+    command
+}
+
+/// The command that starts it, with its own linker and libraries.
+pub fn command(words: &[&str]) -> Vec<String> {
     let tree = std::env::var_os("OUTBOARD_VIRTIOFSD").map(PathBuf::from).unwrap_or_default();
     let program = tree.join("usr/libexec/virtiofsd");
     assert!(program.exists(), "OUTBOARD_VIRTIOFSD does not say where virtiofsd is; run cargo xtask test");
-    let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
-    command.arg("--library-path").arg(tree.join("usr/lib/x86_64-linux-gnu")).arg(program).args(["--sandbox", "none"]);
-    command
+    let path = |part: &str| tree.join(part).display().to_string();
+    let before = [path("usr/lib64/ld-linux-x86-64.so.2"), "--library-path".to_owned(), path("usr/lib/x86_64-linux-gnu")];
+    before.into_iter().chain([program.display().to_string()]).chain(words.iter().map(|word| (*word).to_owned())).collect()
 }
 
 /// Whether somebody listens at a path. The path is there a moment before; and to try it would take the one connection that is served.

@@ -26,6 +26,8 @@ mod suite {
     mod pipelines;
     mod protocol;
     mod qemu;
+    mod share_attacks;
+    mod share_races;
     mod slow;
     mod stepped;
     mod thrift;
