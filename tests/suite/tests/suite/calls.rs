@@ -20,10 +20,11 @@ use suite::tracer::{Filters, Tracer, can_trace};
 use suite::{Scratch, Server, program, root, run, wait_for};
 
 /// Each program, and how many different calls it may make: all of its threads together, or each kind.
-const BUDGETS: [(&str, &[(&str, usize)]); 4] = [
+const BUDGETS: [(&str, &[(&str, usize)]); 5] = [
     ("outboard-blk", &[("", 22), ("erasing queue", 18)]),
     ("outboard-console", &[("", 25)]),
     ("outboard-rng", &[("", 22)]),
+    ("outboard-virtiofsd", &[("", 60), ("control", 20), ("queue", 52), ("slow", 50)]),
     ("outboard-vmm", &[("control", 35), ("cpu", 18)]),
 ];
 

@@ -16,6 +16,10 @@ fn server(name: &str, scratch: &Scratch) -> (PathBuf, Vec<String>) {
     let own: &[&str] = match name {
         "outboard-blk" => &["--format", "raw", "--blk-file", &image],
         "outboard-console" => &["--file", &log],
+        "outboard-virtiofsd" => {
+            let words = ["--owner-map", "me", "--socket-path", &socket, "--shared-dir", &share(scratch)].map(str::to_owned);
+            return (program(name), words.to_vec());
+        }
         "outboard-evil-server" => return (program(name), vec!["--shared-dir".to_owned(), share(scratch)]),
         _ => &[],
     };
@@ -57,6 +61,11 @@ fn whoever_has_taken_the_console_over_gets_nowhere() {
 #[test]
 fn whoever_has_taken_a_file_server_over_gets_nowhere() {
     ends_whoever_tries("outboard-evil-server");
+}
+
+#[test]
+fn whoever_has_taken_the_server_of_a_directory_over_gets_nowhere() {
+    ends_whoever_tries("outboard-virtiofsd");
 }
 
 /// With one layer left out at a time, this is also the proof that the test would notice.
