@@ -147,7 +147,18 @@ pub struct Thread {
 impl Thread {
     /// Of a process that may, or may not, be several users.
     pub fn new(several: bool) -> Thread {
-        Thread { credentials: Credentials::new(several), heard: Vec::with_capacity(BUFFER), told: vec![0; BUFFER] }
+        Thread { credentials: Credentials::new(several), heard: Vec::with_capacity(BUFFER), told: Vec::new() }
+    }
+}
+
+impl Thread {
+    /// Room for what the guest is told, of at most so many bytes. It is there from the first time on.
+    fn told(&mut self, most: usize) -> &mut [u8] {
+        if self.told.is_empty() {
+            self.told.resize(BUFFER, 0);
+        }
+        let len = most.min(self.told.len());
+        self.told.get_mut(..len).unwrap_or_default()
     }
 }
 

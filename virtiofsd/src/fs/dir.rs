@@ -66,7 +66,7 @@ impl Share {
             seek(reading.file, SeekFrom::Start(offset))?;
         }
         *cursor = UNKNOWN;
-        let room = usize::try_from(size.min(io.room.len())).unwrap_or_default().min(thread.told.len());
+        let room = thread.told(usize::try_from(size.min(io.room.len())).unwrap_or_default()).len();
         let told = thread.told.get_mut(..room).unwrap_or_default();
         let heard = thread.heard.spare_capacity_mut();
         let names = if reading.plus { room / SHARE_OF_NAMES } else { room };

@@ -39,8 +39,7 @@ impl Share {
 
     pub(super) fn get_xattr(&self, thread: &mut Thread, node: u64, name: &CStr, size: u32, io: Io<'_>) -> Outcome {
         let name = self.xattr_name(name)?;
-        let room = usize::try_from(size).unwrap_or_default().min(thread.told.len());
-        let value = thread.told.get_mut(..room).unwrap_or_default();
+        let value = thread.told(usize::try_from(size).unwrap_or_default());
         let fd = self.tree.fd(node)?;
         let (dir, path) = self.magic.name(fd.as_fd());
         let len = match sys::getxattrat(dir, path.as_c_str(), name, value) {
@@ -54,8 +53,7 @@ impl Share {
         if !self.settings.xattr {
             return Err(Errno::NOSYS);
         }
-        let room = usize::try_from(size).unwrap_or_default().min(thread.told.len());
-        let list = thread.told.get_mut(..room).unwrap_or_default();
+        let list = thread.told(usize::try_from(size).unwrap_or_default());
         let fd = self.tree.fd(node)?;
         let (dir, path) = self.magic.name(fd.as_fd());
         let len = match sys::listxattrat(dir, path.as_c_str(), list) {

@@ -22,9 +22,9 @@ const USUAL: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_TARGET + 1 + EXTENS
 /// Most bytes of a message with the value of an attribute.
 const LONGEST: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_XATTR as usize + EXTENSION;
 
-/// Room for the copy of a message, made once per thread. As large as the longest message that is no nonsense, without the data of
-/// writes: 66 KiB.
-pub struct Scratch(Box<[u8]>);
+/// Room for the copy of a message, made once per thread: as large as the longest message that is usual, and from the first value of an
+/// attribute on as the longest that is no nonsense, without the data of writes (66 KiB).
+pub struct Scratch(Vec<u8>);
 
 impl Default for Scratch {
     fn default() -> Scratch {
@@ -41,7 +41,7 @@ impl fmt::Debug for Scratch {
 impl Scratch {
     /// Allocates it.
     pub fn new() -> Scratch {
-        Scratch(vec![0; LONGEST].into_boxed_slice())
+        Scratch(vec![0; USUAL])
     }
 }
 
@@ -109,6 +109,10 @@ pub fn fetch_bytes<'a>(chain: &Chain, scratch: &'a mut Scratch) -> Result<Fetche
     let len = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
     let most = most(u32::from_le_bytes([o0, o1, o2, o3]));
     let wanted = len.min(most).saturating_sub(HEADER);
+    if most > USUAL && scratch.0.len() < LONGEST {
+        // Few guests ever send one of these, and a thread that never got one need not have the memory.
+        scratch.0.resize(LONGEST, 0);
+    }
     let (front, back) = scratch.0.split_at_mut_checked(HEADER).ok_or(Bad::Unanswerable)?;
     front.copy_from_slice(&header);
     let copied = rest.copy_to(back.get_mut(..wanted).unwrap_or_default());

@@ -7,7 +7,7 @@ use rustix::fs::Statx;
 use rustix::io::Errno;
 
 /// Most mounts of a share. A share with more is served, without what lies on the others.
-const MAX_MOUNTS: usize = 1024;
+const MAX_MOUNTS: usize = 256;
 
 /// Which inode a file of the host is. The number alone may be used again after the file is gone: the time of birth tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
