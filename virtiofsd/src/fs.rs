@@ -226,7 +226,7 @@ impl Share {
     /// What the guest is to be told.
     pub fn perform(&self, thread: &mut Thread, request: &Request<'_>, io: Io<'_>) -> Outcome {
         let done = self.dispatch(thread, request, io);
-        if done.is_err() {
+        if done.is_err() && makes(&request.operation) {
             thread.credentials.come_back();
         }
         done
@@ -321,6 +321,18 @@ impl Share {
     pub(crate) fn is_directory(&self, node: u64) -> bool {
         self.tree.kind(node) == Ok(Kind::DIRECTORY)
     }
+}
+
+/// Whether a request makes a file in somebody's name.
+fn makes(operation: &Operation<'_>) -> bool {
+    matches!(
+        operation,
+        Operation::Create { .. }
+            | Operation::MkDir { .. }
+            | Operation::MkNod { .. }
+            | Operation::Symlink { .. }
+            | Operation::TmpFile { .. }
+    )
 }
 
 /// Whether a request changes the share, whatever comes of it.
