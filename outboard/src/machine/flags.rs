@@ -248,6 +248,22 @@ mod tests {
     }
 
     #[test]
+    fn a_share_in_flags_with_everything() {
+        let text = "path=d,tag=t,readonly,cache=never,owner=me=5,writeback,xattr,posix-acl,negative-timeout=3,queues=2";
+        let device = share(text, 0, Path::new("/w"), 4).unwrap();
+        let Backend::Process(Program { args, share: Some(shared), .. }) = device.backend else { panic!("a share is a process") };
+        assert_eq!((device.name.as_str(), device.queues, shared.path.as_path()), ("t", Some(3), Path::new("/w/d")));
+        assert!(["--readonly", "--writeback", "--xattr", "--posix-acl"].into_iter().all(|word| args.contains(&word.into())));
+        let words = |word: &str| args.iter().skip_while(|one| *one != word).nth(1).cloned();
+        let values = ["--owner-map", "--cache", "--negative-timeout"].map(|word| words(word).unwrap());
+        assert_eq!(values, ["me=5", "never", "3"]);
+        let error = |text: &str| share(text, 0, Path::new("/"), 1).unwrap_err().to_string();
+        assert_eq!(error("readonly"), "--share readonly: A share needs path=PATH");
+        assert_eq!(error("path=x,cache=some"), "--share path=x,cache=some: Unknown value `some`; see outboard run --help");
+        assert_eq!(error("pth=x"), "--share pth=x: Unknown key `pth`; did you mean `path`?");
+    }
+
+    #[test]
     fn slips_in_flags() {
         let error = |text: &str| disk_device(text, 0, Path::new("/")).unwrap_err().to_string();
         assert_eq!(error("pth=x"), "--disk pth=x: Unknown key `pth`; did you mean `path`?");

@@ -1,6 +1,7 @@
 //! Golden texts: what a person reads who has made a mistake in a machine file.
 
 use super::*;
+use crate::machine::share;
 
 fn error(text: &str) -> String {
     let error = parse(text, "machine.toml", Path::new("/vm")).unwrap_err();
@@ -47,6 +48,46 @@ fn a_machine_file_is_read_in_its_own_order_and_relative_to_itself() {
     let images = disk.disk.as_ref().map(|disk| disk.images.clone()).unwrap();
     assert_eq!(images, [Image { path: "/vm/z.img".into(), format: ImageFormat::Raw }]);
     assert_eq!(machine.devices[4].backend, Backend::Socket("/vm/fs.sock".into()));
+}
+
+#[test]
+fn a_share_with_everything() {
+    let text = r#"
+[machine]
+kernel = "k"
+cpus = 3
+[share.home]
+path = "here"
+[share.more]
+path = "/there"
+readonly = true
+cache = "always"
+owner = "squash=7"
+writeback = true
+xattr = true
+posix-acl = true
+negative-timeout = 5
+queues = 2
+"#;
+    let machine = parse(text, "m.toml", Path::new("/vm")).unwrap();
+    let args = |index: usize| {
+        let Backend::Process(program) = &machine.devices[index].backend else { panic!("a share is a process") };
+        program.args.iter().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(args(0), "--shared-dir /vm/here --tag home --num-request-queues 3 --owner-map me");
+    assert_eq!(
+        args(1),
+        "--shared-dir /there --tag more --num-request-queues 2 --readonly --writeback --xattr --posix-acl \
+         --owner-map squash=7 --cache always --negative-timeout 5"
+    );
+    let queues: Vec<_> = machine.devices.iter().map(|device| device.queues).collect();
+    assert_eq!(queues, [Some(4), Some(3)], "one more for what must not wait");
+    let check = |owner: &str| share::check(&Share { path: "/".into(), owner: Some(owner.into()), ..Share::default() }, "s");
+    assert!(["me", "me=1000", "squash", "squash=0"].into_iter().all(|owner| check(owner).is_ok()));
+    assert!(check("exact").unwrap_err().to_string().contains("[device.NAME]"));
+    assert!(check("you").unwrap_err().to_string().contains("is not one of me, me=ID"));
+    let gone = share::check(&Share { path: "/not/there".into(), ..Share::default() }, "s").unwrap_err().to_string();
+    assert_eq!(gone, "Cannot find the directory /not/there of the share `s`");
 }
 
 #[test]
