@@ -320,6 +320,8 @@ pub struct Config {
     pub descriptors: u64,
     /// Those that are kept for inodes.
     pub cached_descriptors: u64,
+    /// Those of files that have no name any more.
+    pub max_nameless: u64,
     /// Most open files and directories.
     pub max_handles: u32,
     /// Most inodes.
@@ -346,8 +348,9 @@ impl Config {
             "--translate-uid and --translate-gid cannot be used with --posix-acl: ids in access control lists are not translated"
         );
         let descriptors = descriptors(args)?;
-        let cached = (descriptors / 4).min(CACHED);
-        let files = descriptors.saturating_sub(OWN_DESCRIPTORS).saturating_sub(cached);
+        let left = descriptors.saturating_sub(OWN_DESCRIPTORS);
+        let (cached, nameless) = ((left / 4).min(CACHED), left / 4);
+        let files = left.saturating_sub(cached).saturating_sub(nameless);
         Ok(Config {
             place,
             submounts: !args.no_submounts,
@@ -358,6 +361,7 @@ impl Config {
             pool: if args.thread_pool_size == 0 { POOL } else { args.thread_pool_size },
             descriptors,
             cached_descriptors: cached,
+            max_nameless: nameless,
             max_handles: u32::try_from(files).unwrap_or(u32::MAX),
             max_inodes: args.max_inodes,
             poll: Duration::from_micros(args.poll_limit.into()),
@@ -371,7 +375,7 @@ fn processors() -> u16 {
 }
 
 /// The least with which something can be done.
-const FEWEST: u64 = OWN_DESCRIPTORS + 128;
+const FEWEST: u64 = OWN_DESCRIPTORS + 192;
 
 /// Descriptors that are asked for where nothing was said.
 const MANY: u64 = 1_000_000;

@@ -61,6 +61,7 @@ impl Opened {
         let budget = Budget {
             nodes: config.max_inodes,
             descriptors: usize::try_from(config.cached_descriptors).unwrap_or(usize::MAX),
+            orphans: usize::try_from(config.max_nameless).unwrap_or(usize::MAX),
             handles: config.max_handles,
         };
         let tree =

@@ -32,7 +32,7 @@ mod slots;
 
 use handle::Handles;
 use node::{Identity, Kind, Mounts, Node};
-use shard::{Shard, hash};
+use shard::{Nameless, Shard, hash};
 use slots::Key;
 
 /// The share's own directory.
@@ -57,8 +57,10 @@ pub(crate) const RESOLVE: ResolveFlags =
 pub(crate) struct Budget {
     /// Inodes.
     pub(crate) nodes: u32,
-    /// Descriptors of inodes.
+    /// Descriptors of inodes, kept as a cache.
     pub(crate) descriptors: usize,
+    /// Descriptors of inodes without a name.
+    pub(crate) orphans: usize,
     /// Open files and directories.
     pub(crate) handles: u32,
 }
@@ -126,8 +128,9 @@ impl Tree {
         let [seed, epoch] = random;
         let [a, b, c, d, ..] = epoch.to_ne_bytes();
         let epoch = u32::from_ne_bytes([a, b, c, d]);
-        let most = budget.descriptors / 64;
-        let shards = (0..SHARDS).map(|_| Mutex::new(Shard::new(epoch, seed, most.max(1)))).collect();
+        let nameless = Arc::new(Nameless::new(budget.orphans));
+        let cached = (budget.descriptors / 64).max(1);
+        let shards = (0..SHARDS).map(|_| Mutex::new(Shard::new(epoch, seed, cached, Arc::clone(&nameless)))).collect();
         let mounts = Mounts::new();
         let stat = look(&root, c"")?;
         let mount = mounts.number(&stat, || is_slow(&root))?;
@@ -312,15 +315,6 @@ impl Tree {
             }
         });
         way.map_or_else(|| Ok(Way::Open(Arc::clone(&self.root.fd))), |way| way?)
-    }
-
-    /// Where an inode has its name; `None` if it has none, or is the share itself.
-    pub(crate) fn named(&self, id: u64) -> Result<Option<(u64, Text, Identity)>, Errno> {
-        let named = self.with(id, |node| {
-            let name = if node.orphan { None } else { Text::new(&node.name) };
-            name.map(|name| (node.parent, name, node.identity))
-        });
-        named.unwrap_or(Ok(None))
     }
 
     /// A descriptor of an inode, opened as a path only.

@@ -11,12 +11,17 @@ use serde_json::Value;
 use crate::debian::{self, Packages};
 use crate::{build, cache, host, nested, say};
 
+mod shares;
+
 /// Attack our device processes and other people's, and print docs/attacks.md.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only cases whose THEME/NAME contains this; may be given more than once
     #[arg(long)]
     case: Vec<String>,
+    /// Send bad requests to servers of files instead, and print docs/virtiofsd-attacks.md
+    #[arg(long)]
+    shares: bool,
 }
 
 const INTRODUCTION: &str = "# How backends take attacks
@@ -47,6 +52,9 @@ struct Target {
 
 /// The task.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.shares {
+        return shares::run(&args.case);
+    }
     host::prepare(&host::Wanted { images: true, ..host::Wanted::default() })?;
     let qemu = nested::tools::qemu(&Packages::default())?;
     let programs = build::programs(false)?;

@@ -27,7 +27,10 @@ mod suite {
     mod protocol;
     mod qemu;
     mod share_attacks;
+    mod share_limits;
+    mod share_owners;
     mod share_races;
+    mod share_sequences;
     mod slow;
     mod stepped;
     mod thrift;

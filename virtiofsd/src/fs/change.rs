@@ -3,6 +3,7 @@
 use rustix::fs::{AtFlags, Gid, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chownat, fchmod, ftruncate, utimensat};
 use rustix::io::Errno;
 
+use crate::abi::init;
 use crate::fs::{Io, Outcome, Share, Thread};
 use crate::reply;
 use crate::request::{SetAttr, Time};
@@ -62,8 +63,8 @@ impl Share {
             Err(handle) => &handle.file,
         };
         let mode = u32::from(look(file, c"")?.stx_mode);
-        // What the guest does not say is to go stays, as for whoever may keep it.
-        let keep = !change.kill_suidgid && mode & PRIVILEGED != 0;
+        // They go, unless the guest says whose they may stay and this is one.
+        let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && !change.kill_suidgid && mode & PRIVILEGED != 0;
         thread.credentials.keeping_ids_if(keep, || ftruncate(file, size))
     }
 }

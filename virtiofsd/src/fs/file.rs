@@ -61,7 +61,7 @@ impl Share {
         how
     }
 
-    /// Opens an inode by the name that it is known by.
+    /// Opens an inode.
     pub(super) fn reopen(&self, node: u64, how: OFlags) -> Result<(OwnedFd, Statx), Errno> {
         let how = how | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         let resolve = self.tree.resolve();
@@ -70,18 +70,9 @@ impl Share {
             let stat = look(&file, c"")?;
             return Ok((file, stat));
         }
-        let Some((parent, name, identity)) = self.tree.named(node)? else {
-            let file = self.magic.reopen(self.tree.fd(node)?.as_fd(), how)?;
-            let stat = look(&file, c"")?;
-            return Ok((file, stat));
-        };
-        let dir = self.tree.fd(parent)?;
-        let file = openat2(&dir, name.as_c_str(), how, Mode::empty(), resolve);
-        let file = file.map_err(|errno| if matches!(errno, Errno::NOENT | Errno::LOOP) { Errno::STALE } else { errno })?;
+        // By way of the inode itself: whatever has its name by now is not even opened.
+        let file = self.magic.reopen(self.tree.fd(node)?.as_fd(), how)?;
         let stat = look(&file, c"")?;
-        if self.tree.identify_open(&stat, &file)? != identity {
-            return Err(Errno::STALE);
-        }
         Ok((file, stat))
     }
 

@@ -1,9 +1,9 @@
 //! Requests that make a file, or a name for one.
 
 use std::ffi::CStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, linkat, makedev, mkdirat, mknodat, openat2, symlinkat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, linkat, makedev, mkdirat, mknodat, openat2, symlinkat};
 use rustix::io::Errno;
 
 use crate::abi::init;
@@ -167,26 +167,12 @@ impl Share {
 
     pub(super) fn link(&self, to: u64, old: u64, name: Name<'_>, io: Io<'_>) -> Outcome {
         let dir = self.directory(to)?;
-        match self.tree.named(old)? {
-            Some((parent, known_as, identity)) => {
-                let from = self.tree.fd(parent)?;
-                linkat(&from, known_as.as_c_str(), &dir, name.as_c_str(), AtFlags::empty())?;
-                // Something else may have got that name meanwhile.
-                let stat = look(&dir, name.as_c_str())?;
-                if self.tree.identify(&stat, &dir, name.as_c_str())? != identity {
-                    let _by_mistake = unlinkat(&dir, name.as_c_str(), AtFlags::empty());
-                    return Err(Errno::STALE);
-                }
-            }
-            None => link_nameless(&*self.tree.fd(old)?, &dir, name)?,
-        }
+        let fd = self.tree.fd(old)?;
+        // The file itself, whatever name it has by now, or none.
+        let (magic, number) = self.magic.name(fd.as_fd());
+        linkat(magic, number.as_c_str(), &dir, name.as_c_str(), AtFlags::SYMLINK_FOLLOW)?;
         io.answer(&self.enter(to, &dir, name)?)
     }
-}
-
-/// Gives a name to a file that has none.
-fn link_nameless(file: &OwnedFd, dir: &OwnedFd, name: Name<'_>) -> Result<(), Errno> {
-    linkat(file, c"", dir, name.as_c_str(), AtFlags::EMPTY_PATH)
 }
 
 /// The number of the inode that an answer introduces.

@@ -18,7 +18,12 @@ impl Share {
         let dir = self.directory(node)?;
         let orphan = self.prepare_orphan(node, &dir, name)?;
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-        unlinkat(&dir, name.as_c_str(), flags).inspect_err(|_| self.keep_name(orphan))?;
+        unlinkat(&dir, name.as_c_str(), flags).inspect_err(|errno| {
+            // Where the name is gone, somebody else was faster: the descriptor is all there is of the file.
+            if *errno != Errno::NOENT {
+                self.keep_name(orphan);
+            }
+        })?;
         Ok(EMPTY)
     }
 

@@ -6,6 +6,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hashbrown::HashTable;
 use rustix::io::Errno;
@@ -22,13 +23,42 @@ pub(crate) struct Shard {
     /// Places of nodes that have a descriptor, and where the clock's hand is.
     open: Vec<u32>,
     hand: usize,
-    most_open: usize,
+    /// How many of those have no name, and stay.
+    orphans: usize,
+    most_cached: usize,
+    nameless: Arc<Nameless>,
+}
+
+/// Files without a name, of all parts together.
+#[derive(Debug)]
+pub(crate) struct Nameless {
+    count: AtomicUsize,
+    most: usize,
+}
+
+impl Nameless {
+    pub(crate) fn new(most: usize) -> Nameless {
+        Nameless { count: AtomicUsize::new(0), most }
+    }
+
+    /// One more, if there may be.
+    fn add(&self) -> Result<(), Errno> {
+        if self.count.fetch_add(1, Ordering::Relaxed) < self.most {
+            return Ok(());
+        }
+        self.remove(1);
+        Err(Errno::NFILE)
+    }
+
+    fn remove(&self, count: usize) {
+        self.count.fetch_sub(count, Ordering::Relaxed);
+    }
 }
 
 impl Shard {
-    pub(crate) fn new(epoch: u32, seed: u64, most_open: usize) -> Shard {
+    pub(crate) fn new(epoch: u32, seed: u64, most_cached: usize, nameless: Arc<Nameless>) -> Shard {
         let (nodes, index) = (Slots::new(epoch), HashTable::new());
-        Shard { nodes, index, seed, open: Vec::new(), hand: 0, most_open }
+        Shard { nodes, index, seed, open: Vec::new(), hand: 0, orphans: 0, most_cached, nameless }
     }
 
     pub(crate) fn get_mut(&mut self, key: Key) -> Option<&mut Node> {
@@ -38,15 +68,17 @@ impl Shard {
     /// The node of a file, if it is known. One that had the same number and is gone is not found any more.
     pub(crate) fn find(&mut self, identity: &Identity) -> Option<Key> {
         let hash = hash(self.seed, identity);
-        let nodes = &self.nodes;
-        let same = |place: &u32| nodes.at(*place).is_some_and(|node| node.identity.has_number(identity));
-        let found = self.index.find_entry(hash, same).ok()?;
-        let place = *found.get();
-        if nodes.at(place).is_some_and(|node| node.identity.birth == identity.birth) {
-            return nodes.key(place);
+        loop {
+            let nodes = &self.nodes;
+            let same = |place: &u32| nodes.at(*place).is_some_and(|node| node.identity.has_number(identity));
+            let found = self.index.find_entry(hash, same).ok()?;
+            let place = *found.get();
+            if nodes.at(place).is_some_and(|node| node.identity.birth == identity.birth) {
+                return nodes.key(place);
+            }
+            // A file that never had a name may stand behind one that is gone.
+            found.remove();
         }
-        found.remove();
-        None
     }
 
     /// A node that is not known.
@@ -67,6 +99,7 @@ impl Shard {
         }
         if node.fd.is_some() {
             self.open.retain(|place| *place != key.place);
+            self.lose(usize::from(node.orphan));
         }
         Some(node)
     }
@@ -76,23 +109,36 @@ impl Shard {
         self.nodes.clear();
         self.index.clear();
         self.open.clear();
+        self.lose(self.orphans);
+    }
+
+    fn lose(&mut self, orphans: usize) {
+        self.orphans = self.orphans.saturating_sub(orphans);
+        self.nameless.remove(orphans);
     }
 
     /// Gives a node its descriptor, unless somebody else was faster; gives the one that it has.
     pub(crate) fn keep(&mut self, key: Key, fd: OwnedFd, orphan: bool) -> Result<Arc<OwnedFd>, Errno> {
         let node = self.nodes.get_mut(key).ok_or(Errno::STALE)?;
-        node.orphan |= orphan;
-        if let Some(fd) = &node.fd {
-            return Ok(Arc::clone(fd));
+        let becomes = orphan && !node.orphan;
+        if becomes {
+            self.nameless.add()?;
         }
-        if self.open.len() >= self.most_open && !self.make_room() && orphan {
-            return Err(Errno::NFILE);
+        if let Some(fd) = &node.fd {
+            let fd = Arc::clone(fd);
+            node.orphan |= orphan;
+            self.orphans = self.orphans.saturating_add(usize::from(becomes));
+            return Ok(fd);
         }
         let fd = Arc::new(fd);
-        if self.open.len() < self.most_open {
+        let cached = self.open.len().saturating_sub(self.orphans);
+        if orphan || cached < self.most_cached || self.make_room() {
             let node = self.nodes.get_mut(key).ok_or(Errno::STALE)?;
             node.fd = Some(Arc::clone(&fd));
+            // Not before: without a descriptor its name is the only way to it.
+            node.orphan |= orphan;
             node.warm = true;
+            self.orphans = self.orphans.saturating_add(usize::from(becomes));
             self.open.push(key.place);
         }
         Ok(fd)
@@ -101,7 +147,8 @@ impl Shard {
     /// The node has a name again, by which it can be reached.
     pub(crate) fn adopt(&mut self, key: Key) {
         if let Some(node) = self.nodes.get_mut(key) {
-            node.orphan = false;
+            let was = std::mem::replace(&mut node.orphan, false) && node.fd.is_some();
+            self.lose(usize::from(was));
         }
     }
 

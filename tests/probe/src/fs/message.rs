@@ -100,10 +100,8 @@ impl Message {
 
     /// As it goes over the wire, under a number.
     pub fn bytes(&self, unique: u64) -> Vec<u8> {
-        let mut body = self.body.clone();
-        if !self.extension.is_empty() {
-            body.resize(body.len().next_multiple_of(8), 0);
-        }
+        // As Linux does: the extension begins where the last name ends, aligned to nothing.
+        let body = self.body.clone();
         let units = u32::try_from(self.extension.len() / 8).unwrap_or(0);
         let len = IN_HEADER + u32::try_from(body.len() + self.extension.len()).unwrap_or(0);
         [

@@ -3,6 +3,7 @@
 use libc::{EACCES, EEXIST, EINVAL, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR, ENOTEMPTY, EPERM, EXDEV, O_CREAT, O_RDWR};
 
 use super::Good::Error;
+use super::stage::ABSOLUTE;
 use super::{Case, Good};
 use crate::fs::message::{Message, ROOT, longs, op, text, words};
 
@@ -29,7 +30,7 @@ fn bad_names() -> Vec<(&'static str, Vec<u8>, &'static [Good])> {
         ("with-slash", text("dir/deep"), NONE),
         ("trailing-slash", text("dir/"), NONE),
         ("new-with-slash", text("dir/new"), NONE),
-        ("absolute", text("/tmp/outboard-foe-was-here"), NONE),
+        ("absolute", text(ABSOLUTE), NONE),
         ("above", text("../outboard-foe-was-here"), NONE),
         ("above-victim", text("../victim"), NONE),
         ("above-and-down", text("../beside/victims"), NONE),

@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a server that was hit may take to fall.
 const FALL: Duration = Duration::from_millis(30);
 
+/// What is made by a name that begins at the root of the host, if that is let out.
+pub(super) const ABSOLUTE: &str = "/tmp/outboard-foe-was-here";
+
 /// A folder with a shared one in it, and a server of that.
 pub(super) struct Stage {
     folder: PathBuf,
@@ -44,6 +47,7 @@ impl Stage {
     fn furnish(&self) -> Result<()> {
         fs::remove_dir_all(&self.folder)?;
         let (share, beside) = (self.folder.join("share"), self.folder.join("beside"));
+        let _of_before = fs::remove_dir(ABSOLUTE).or_else(|_| fs::remove_file(ABSOLUTE));
         for folder in [&self.folder, &share, &beside, &beside.join("victims")] {
             fs::create_dir(folder)?;
         }
@@ -89,7 +93,8 @@ impl Stage {
         let mut all = fingerprint(&self.folder.join("beside"))?;
         let mut names: Vec<_> = fs::read_dir(&self.folder)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
         names.sort();
-        write!(all, "{names:?} {}", fs::read_to_string(self.folder.join("victim"))?)?;
+        let absolute = fs::symlink_metadata(ABSOLUTE).is_ok();
+        write!(all, "{names:?} {absolute} {}", fs::read_to_string(self.folder.join("victim"))?)?;
         Ok(all)
     }
 }
@@ -97,6 +102,7 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         let _already_gone = self.backend.kill(None::<UnixStream>);
+        let _not_there = fs::remove_dir(ABSOLUTE).or_else(|_| fs::remove_file(ABSOLUTE));
         let _left_for_later = fs::remove_dir_all(&self.folder);
     }
 }
