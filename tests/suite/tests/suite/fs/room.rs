@@ -125,8 +125,8 @@ fn more_files_than_descriptors() {
     fs::create_dir(mounted.seen.join("other/meanwhile")).unwrap();
     assert!(fs::metadata(here.join("29999")).unwrap().is_file());
     drop(open);
-    // The guest says that it has closed a file when it comes to it.
-    suite::wait_for("the files to be closed", || (descriptors(&mounted) < 200).then_some(()));
+    // The guest says that it has closed a file when it comes to it. A few hundred are kept for inodes.
+    suite::wait_for("the files to be closed", || (descriptors(&mounted) < 400).then_some(()));
     fs::remove_dir_all(&here).unwrap();
     assert!(!there.exists());
     mounted.unmount();
