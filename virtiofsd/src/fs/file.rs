@@ -196,6 +196,7 @@ impl Share {
         drop(self.tree.handles.remove(handle, node)?);
         if self.settings.locks {
             // A lock on the whole file went with it.
+            self.locks.released(node, handle);
             self.waiting.look_again();
         }
         Ok(EMPTY)

@@ -22,18 +22,31 @@ use crate::sys::{LockCall, ofd_lock};
 /// Most owners of locks at a time: each has a descriptor.
 const MAX_OWNERS: usize = 4096;
 
-/// The open files by which owners hold their locks, by inode and owner.
+/// The open file by which an owner holds its locks, and the handle by which it asked for them last.
+#[derive(Debug)]
+struct Held {
+    file: Arc<OwnedFd>,
+    handle: u64,
+}
+
+/// All of them, by inode and owner.
 #[derive(Debug, Default)]
-pub(crate) struct Owned(Mutex<HashMap<(u64, u64), Arc<OwnedFd>>>);
+pub(crate) struct Owned(Mutex<HashMap<(u64, u64), Held>>);
 
 impl Owned {
-    fn list(&self) -> MutexGuard<'_, HashMap<(u64, u64), Arc<OwnedFd>>> {
+    fn list(&self) -> MutexGuard<'_, HashMap<(u64, u64), Held>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The owner has closed the file: all its locks on it are gone. Gives whether there were any.
     pub(crate) fn give_up(&self, node: u64, owner: u64) -> bool {
         self.list().remove(&(node, owner)).is_some()
+    }
+
+    /// The last copy of a descriptor is closed. What was locked in the name of the open file itself (`F_OFD_SETLK`) goes with it, of which
+    /// Linux says nothing else.
+    pub(crate) fn released(&self, node: u64, handle: u64) {
+        self.list().retain(|(of, _), held| *of != node || held.handle != handle);
     }
 
     pub(crate) fn clear(&self) {
@@ -47,7 +60,7 @@ impl Share {
             return Err(Errno::NOSYS);
         }
         self.tree.handles.get(number, node)?;
-        let file = self.owned(node, owner)?;
+        let file = self.owned((node, number), owner)?;
         let (start, len) = range(lock)?;
         let in_the_way = ofd_lock(file.as_fd(), LockCall::Get, kind(lock.kind), start, len)?;
         io.answer(&reply::lock(&found(&in_the_way)))
@@ -67,7 +80,7 @@ impl Share {
             flock(&handle.file, how)
         } else {
             let (start, len) = range(lock)?;
-            let file = self.owned(node, owner)?;
+            let file = self.owned((node, number), owner)?;
             ofd_lock(file.as_fd(), LockCall::Set, kind(lock.kind), start, len).map(drop)
         };
         if lock.kind == LockKind::None {
@@ -89,9 +102,10 @@ impl Share {
     }
 
     /// The open file of an owner: for reading and writing if that can be, since either may be locked.
-    fn owned(&self, node: u64, owner: u64) -> Result<Arc<OwnedFd>, Errno> {
-        if let Some(file) = self.locks.list().get(&(node, owner)) {
-            return Ok(Arc::clone(file));
+    fn owned(&self, (node, handle): (u64, u64), owner: u64) -> Result<Arc<OwnedFd>, Errno> {
+        if let Some(held) = self.locks.list().get_mut(&(node, owner)) {
+            held.handle = handle;
+            return Ok(Arc::clone(&held.file));
         }
         let both = self.reopen(node, OFlags::RDWR).or_else(|_| self.reopen(node, OFlags::RDONLY));
         let file = both.or_else(|_| self.reopen(node, OFlags::WRONLY))?.0;
@@ -99,7 +113,8 @@ impl Share {
         if list.len() >= MAX_OWNERS {
             return Err(Errno::NOLCK);
         }
-        Ok(Arc::clone(list.entry((node, owner)).or_insert_with(|| Arc::new(file))))
+        let file = Arc::new(file);
+        Ok(Arc::clone(&list.entry((node, owner)).or_insert(Held { file, handle }).file))
     }
 }
 

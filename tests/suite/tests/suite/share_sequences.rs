@@ -9,7 +9,7 @@ use std::thread;
 
 use libc::{EEXIST, EINVAL, EISDIR, ENOENT, ENOTDIR, ENOTEMPTY, ESTALE, O_EXCL, O_RDWR};
 use probe::fs::message::{self, Message, ROOT};
-use probe::fs::raw::{FIRST, Raw, Reply, SECOND, Told, URGENT, long, node_of};
+use probe::fs::raw::{FIRST, Raw, Reply, SECOND, Told, URGENT, long, node_of, word};
 use probe::random::Random;
 use suite::share::Shared;
 
@@ -301,7 +301,7 @@ impl Model {
         let mut names = Vec::new();
         let mut rest = &reply.body[..];
         while rest.len() >= 24 {
-            let len = usize::try_from(probe::fs::raw::word(rest, 16)).unwrap();
+            let len = usize::try_from(word(rest, 16)).unwrap();
             names.push(String::from_utf8_lossy(&rest[24..24 + len]).into_owned());
             rest = rest.get((24 + len).next_multiple_of(8)..).unwrap_or_default();
         }

@@ -1,8 +1,11 @@
-//! Locks, which are the guest's own: its kernel keeps them, and neither the host nor another guest has anything to do with them.
+//! Locks. They are the guest's own, its kernel keeps them, and neither the host nor another guest has anything to do with them, unless the
+//! server is told to keep them as locks of the host.
 
 use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{FlockOperation, flock};
@@ -81,6 +84,45 @@ fn neither_the_host_nor_another_guest_is() {
         flock(&free, FlockOperation::NonBlockingLockExclusive).unwrap();
         fcntl(&locked, FcntlArg::F_OFD_SETLK(&bytes(libc::F_WRLCK, 0, 0))).unwrap();
         fcntl(&free, FcntlArg::F_OFD_SETLK(&bytes(libc::F_WRLCK, 0, 0))).unwrap();
+    }
+    two.unmount();
+    one.unmount();
+}
+
+/// Where the server keeps them (`--locks host`), the host's programs and other guests are kept out, too, and who waits gets the lock in the end.
+#[test]
+fn whoever_uses_the_directory_is_kept_out_where_the_host_keeps_them() {
+    if !can_mount("locks of the host") {
+        return;
+    }
+    let mut one = Mounted::ours(&["--locks", "host"], &[]);
+    let mut two = one.beside(&["--locks", "host"], &[]);
+    fs::write(one.seen.join("file"), "x".repeat(100)).unwrap();
+    let [first, second, own] = [&one.seen, &two.seen, &one.house].map(|top| top.join("file"));
+    for (a, b) in [(&first, &first), (&first, &second), (&first, &own), (&own, &second)] {
+        let (locked, kept_out) = (open(a), open(b));
+        flock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert_eq!(flock(&kept_out, FlockOperation::NonBlockingLockShared), Err(Errno::WOULDBLOCK));
+        let waits = run(Command::new("flock").args(["--timeout", "0.1"]).arg(b).arg("true"));
+        assert_eq!(waits.code, Some(1), "{}", waits.err);
+        let waiting = thread::spawn({
+            let b = b.clone();
+            move || run(Command::new("flock").arg(b).arg("true")).code
+        });
+        thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        drop(locked);
+        assert_eq!(waiting.join().unwrap(), Some(0));
+        let (locked, kept_out) = (open(a), open(b));
+        fcntl(&locked, FcntlArg::F_OFD_SETLK(&bytes(libc::F_WRLCK, 10, 10))).unwrap();
+        let refused = fcntl(&kept_out, FcntlArg::F_OFD_SETLK(&bytes(libc::F_RDLCK, 19, 5)));
+        assert_eq!(refused, Err(nix::errno::Errno::EAGAIN));
+        fcntl(&kept_out, FcntlArg::F_OFD_SETLK(&bytes(libc::F_WRLCK, 20, 5))).unwrap();
+        let mut found = bytes(libc::F_RDLCK, 0, 0);
+        fcntl(&kept_out, FcntlArg::F_OFD_GETLK(&mut found)).unwrap();
+        assert_eq!((i32::from(found.l_type), found.l_start, found.l_len), (libc::F_WRLCK, 10, 10));
+        fcntl(&locked, FcntlArg::F_OFD_SETLK(&bytes(libc::F_UNLCK, 0, 0))).unwrap();
+        fcntl(&kept_out, FcntlArg::F_OFD_SETLK(&bytes(libc::F_RDLCK, 19, 1))).unwrap();
     }
     two.unmount();
     one.unmount();
