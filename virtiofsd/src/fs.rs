@@ -28,7 +28,7 @@ use crate::waiting::Waiting;
 
 mod change;
 mod dir;
-mod file;
+pub(crate) mod file;
 pub(crate) mod ioctl;
 pub(crate) mod lock;
 mod look;
@@ -171,6 +171,8 @@ pub struct Io<'a> {
     pub room: Buffer<'a>,
     /// The thread may wait.
     pub patient: bool,
+    /// Whatever it does, it may take long over copying.
+    pub at_length: bool,
 }
 
 /// How far a request has come.

@@ -75,7 +75,7 @@ impl Errand {
     pub(crate) fn attempt(&self, share: &Share, thread: &mut Thread) -> Outcome {
         let Job { message, data, room, .. } = &self.job;
         let request = message.parse(share.dialect()).map_err(|_| Errno::IO)?;
-        share.perform(thread, &request, Io { data: data.as_buffer(), room: room.as_buffer(), patient: true })
+        share.perform(thread, &request, Io { data: data.as_buffer(), room: room.as_buffer(), patient: true, at_length: true })
     }
 
     /// Tells what became of it.

@@ -12,6 +12,7 @@ use virtio::worker::{Attempt, Poller, SOURCES, Serve, Served, Slot, Slots, Sourc
 use virtio::{Buffer, Chain};
 
 use crate::abi::opcode;
+use crate::fs::file::SHORT;
 use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::metrics;
 use crate::pool::{Job, Kind, Pool};
@@ -29,12 +30,14 @@ pub struct FsQueue {
     scratch: Scratch,
     pool: Pool,
     poller: Poller,
+    /// It has copied much since it looked at the queue last: what else there is to copy is for others, at the same time.
+    copied: bool,
 }
 
 impl FsQueue {
     /// Serves `share` on this thread.
     pub fn new(share: Arc<Share>, thread: Thread, pool: Pool, poller: Poller) -> FsQueue {
-        FsQueue { share, thread, scratch: Scratch::new(), pool, poller }
+        FsQueue { share, thread, scratch: Scratch::new(), pool, poller, copied: false }
     }
 
     fn request(&mut self, chain: &Chain, attempt: &Attempt<'_>) -> Served {
@@ -45,7 +48,9 @@ impl FsQueue {
                 match fetched.parse(dialect) {
                     Ok(request) => {
                         metrics::REQUESTS.add(1);
-                        let done = self.share.perform(&mut self.thread, &request, io(&request.operation, chain, false));
+                        let how = Io { at_length: !self.copied, ..io(&request.operation, chain, false) };
+                        let done = self.share.perform(&mut self.thread, &request, how);
+                        self.copied |= is_long(&request.operation);
                         if matches!(done, Ok(Done::Slow | Done::Locked)) {
                             let job = job(&request, &fetched, chain, attempt, began);
                             match done {
@@ -67,6 +72,11 @@ impl FsQueue {
     }
 }
 
+/// Whether a request copies so much that others could do something meanwhile.
+fn is_long(operation: &Operation<'_>) -> bool {
+    matches!(operation, Operation::Read { size, .. } | Operation::Write { size, .. } if *size > SHORT)
+}
+
 /// A request, so that another thread can do it.
 fn job(request: &Request<'_>, fetched: &Fetched<'_>, chain: &Chain, attempt: &Attempt<'_>, began: Instant) -> Job {
     metrics::HANDED_ON.add(1);
@@ -78,7 +88,7 @@ fn job(request: &Request<'_>, fetched: &Fetched<'_>, chain: &Chain, attempt: &At
 /// Where the data of a request is, and the room for its answer.
 pub(crate) fn io<'a>(operation: &Operation<'_>, chain: &'a Chain, patient: bool) -> Io<'a> {
     let data = data(chain, operation);
-    Io { data, room: chain.writable().split_at(HEADER).1, patient }
+    Io { data, room: chain.writable().split_at(HEADER).1, patient, at_length: patient }
 }
 
 /// Writes the header of an answer. Gives the bytes of all of it.
@@ -137,6 +147,7 @@ impl Serve for FsQueue {
     }
 
     fn settle(&mut self, slot: &mut Slot) {
+        self.copied = false;
         while let Some(outcome) = self.pool.finished() {
             slot.finish(outcome.ticket, |chain| answer(chain, outcome.kind.unique, outcome.done));
             metrics::times(outcome.kind.opcode).add(outcome.kind.began.elapsed(), 1);

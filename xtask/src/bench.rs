@@ -55,7 +55,7 @@ enum Group {
     Memory,
     /// The disk server: rate and processor time (3)
     Blk,
-    /// The file server: rate, processor time and latency (3)
+    /// The file server: rate and latency (3)
     Fs,
     /// Confining one process (30)
     Confinement,

@@ -20,8 +20,8 @@ use crate::tree::handle::Handle;
 use crate::tree::node::Kind;
 use crate::tree::{ROOT, look};
 
-/// Most bytes that are written by a thread which serves a queue: copying more takes longer than having another thread do it.
-const INLINE_WRITE: u32 = 64 * 1024;
+/// Most bytes that a thread copies which serves a queue and has more to do: having another thread do it takes less long.
+pub(crate) const SHORT: u32 = 64 * 1024;
 
 /// Data is kept in pieces of that many bytes.
 const PAGE: u64 = 4096;
@@ -137,7 +137,7 @@ impl Share {
 
     pub(super) fn read(&self, (node, number): (u64, u64), offset: u64, size: u32, io: Io<'_>) -> Outcome {
         let handle = self.tree.handles.get(number, node)?;
-        if handle.slow && !io.patient {
+        if !io.patient && (handle.slow || (size > SHORT && !io.at_length)) {
             return Ok(Done::Slow);
         }
         let mut at_once = !io.patient && !handle.patient.load(Ordering::Relaxed);
@@ -179,7 +179,7 @@ impl Share {
         io: Io<'_>,
     ) -> Outcome {
         let handle = self.tree.handles.get(number, node)?;
-        if !io.patient && (handle.slow || size > INLINE_WRITE) {
+        if !io.patient && (handle.slow || (size > SHORT && !io.at_length)) {
             return Ok(Done::Slow);
         }
         // Nobody has the right to keep these bits, unless the guest says who does and it is this one.

@@ -1,5 +1,4 @@
-//! File servers driven in turns by the same program, without a guest's kernel: requests in a second, what each costs the server's
-//! processor, and how long it takes.
+//! File servers driven in turns by the same program, without a guest's kernel: requests in a second, and how long each takes.
 //!
 //! Upstream's virtiofsd has two ways, each better at something: one thread for all, or a pool. Both are measured, and the one that
 //! answers more is the peer of a row.
@@ -42,7 +41,6 @@ enum Who {
 #[derive(Debug, Default)]
 struct Measured {
     rates: Vec<f64>,
-    costs: Vec<f64>,
     half: Vec<f64>,
     most: Vec<f64>,
 }
@@ -98,20 +96,18 @@ fn compare(bench: &Bench, case: Case) -> Result<Vec<Row>> {
     if let Some(least) = case.target {
         rate = rate.target(Target::AtLeast(least));
     }
-    let cost = Row::new(format!("{name}, CPU"), "us/request", peer.clone()).of(ours.costs, theirs.costs);
     let half = Row::new(format!("{name}, p50"), "us", peer.clone()).of(ours.half, theirs.half);
     let most = Row::new(format!("{name}, p99"), "us", peer).of(ours.most, theirs.most);
-    Ok(vec![rate, cost, half, most])
+    Ok(vec![rate, half, most])
 }
 
 fn measure(bench: &Bench, tree: &Path, who: Who, case: Case, into: &mut Measured) -> Result<()> {
     let folder = bench.dir.join("shared");
     std::fs::create_dir_all(&folder).context("Cannot make a directory to share")?;
     let socket = bench.socket();
-    let server = Running::listening(server(bench, tree, who, case, &folder, &socket), &socket)?;
+    let _server = Running::listening(server(bench, tree, who, case, &folder, &socket), &socket)?;
     // Upstream's socket is there a moment before it listens.
     std::thread::sleep(std::time::Duration::from_millis(100));
-    let before = server.busy();
     let queues = if who == Who::Ours { case.queues } else { 1 };
     let [bytes, depth, queues] = [case.bytes, case.depth, queues].map(|number| number.to_string());
     let mut probe = Command::new(bench.program("outboard-probe"));
@@ -120,7 +116,6 @@ fn measure(bench: &Bench, tree: &Path, who: Who, case: Case, into: &mut Measured
     let told = process::told(probe.arg(&socket)).with_context(|| format!("{who:?} was not measured"))?;
     let answer: serde_json::Value = serde_json::from_slice(&told).context("The probe gave no JSON")?;
     let number = |name: &str| answer[name].as_f64().with_context(|| format!("The probe gave no {name}"));
-    into.costs.push((server.busy() - before) * 1e6 / number("requests")?.max(1.0));
     into.rates.push(number("requests_per_second")? / 1000.0);
     into.half.push(number("p50_us")?);
     into.most.push(number("p99_us")?);
