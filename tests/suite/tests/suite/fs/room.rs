@@ -8,10 +8,10 @@ use std::process::Command;
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use rustix::io::Errno;
-use suite::{Scratch, run};
+use suite::{Scratch, program, run};
 
 use super::mounted::{Mounted, can_mount, serve};
-use suite::virtiofsd::Whose;
+use suite::virtiofsd::{Virtiofsd, Whose};
 
 /// A small file system in memory, as long as it is kept.
 struct Small(std::path::PathBuf);
@@ -74,6 +74,28 @@ fn a_full_file_system() {
         fs::create_dir(mounted.seen.join("folder-1000")).unwrap();
         mounted.unmount();
     }
+}
+
+/// Whoever started the server may make no larger files: a guest that tries is told so, and the server goes on.
+#[test]
+fn a_limit_on_files_is_an_error() {
+    if !can_mount("a limit on files") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let house = scratch.path("house");
+    fs::create_dir(&house).unwrap();
+    let mut command = Command::new("prlimit");
+    command.arg("--fsize=1048576").arg(program("outboard-virtiofsd")).arg("--shared-dir").arg(&house);
+    let server = Virtiofsd::launch_ours(command, scratch.path("fs.sock"));
+    let socket = server.socket.clone();
+    let mut mounted = Mounted::of(scratch, &socket, Some(server), &[]);
+    let (here, there) = mounted.both("file");
+    let (written, error) = fill(&here);
+    assert_eq!((written, error.raw_os_error()), (1 << 20, Some(libc::EFBIG)));
+    assert_eq!(fs::metadata(&there).unwrap().len(), 1 << 20);
+    fs::write(mounted.seen.join("another"), "x").unwrap();
+    mounted.unmount();
 }
 
 /// Descriptors that a process has.
