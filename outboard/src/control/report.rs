@@ -18,7 +18,7 @@ pub struct Report {
 }
 
 /// A process of a machine.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Process {
     /// What it is there for: `composer`, `vmm`, or the device's name.
     pub role: String,

@@ -40,12 +40,13 @@ pub fn look(process: &Process) -> Looked {
             vec![Finding::new("somebody else's", State::Note, "we did not start it, and do not confine it")]
         }
         None => vec![Finding::new("away", State::Note, format!("it is {}", process.state))],
-        Some(pid) => layers(pid, process.role == COMPOSER),
+        Some(pid) => layers(pid, process),
     };
     Looked { role: process.role.clone(), program: process.program.clone(), pid: process.pid, findings }
 }
 
-fn layers(pid: i32, is_composer: bool) -> Vec<Finding> {
+fn layers(pid: i32, process: &Process) -> Vec<Finding> {
+    let (is_composer, kept) = (process.role == COMPOSER, kept(&process.program));
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
     let (Ok(status), Some(confinement)) = (read("status"), Confinement::of(pid)) else {
         return vec![Finding::new("away", State::Note, "it has ended")];
@@ -53,7 +54,7 @@ fn layers(pid: i32, is_composer: bool) -> Vec<Finding> {
     let threads = threads(pid);
     if is_composer {
         let says = "yours: it opens your files, and reads no guest byte";
-        return vec![Finding::ok("namespaces", says), system_calls(true, &threads), rights(&status)];
+        return vec![Finding::ok("namespaces", says), system_calls(true, &threads), rights(&status, 0)];
     }
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok().map(Iterator::count);
     vec![
@@ -61,7 +62,7 @@ fn layers(pid: i32, is_composer: bool) -> Vec<Finding> {
         files(read("mountinfo").ok().as_deref()),
         network(read("net/dev").ok().as_deref()),
         system_calls(false, &threads),
-        rights(&status),
+        rights(&status, kept),
         limits(&read("limits").unwrap_or_default(), descriptors),
     ]
 }
@@ -131,12 +132,20 @@ fn system_calls(is_composer: bool, threads: &[String]) -> Finding {
     Finding::ok("system calls", says)
 }
 
-fn rights(status: &str) -> Finding {
+/// Rights over files of its own user, which the server of a directory keeps: a guest's root opens its files whatever their permissions are.
+/// In a user namespace with one user they count for that user's files only, which are its own to change anyway.
+const OF_ITS_USER: [u32; 4] = [1, 2, 3, 31];
+
+/// What a program keeps, as a mask.
+fn kept(program: &str) -> u64 {
+    if program == "outboard-virtiofsd" { OF_ITS_USER.into_iter().fold(0, |mask, bit| mask | 1 << bit) } else { 0 }
+}
+
+fn rights(status: &str, kept: u64) -> Finding {
     // The composer of an ordinary user keeps a bounding set, which without new privileges means nothing.
-    let held = ["CapInh", "CapPrm", "CapEff", "CapAmb"].into_iter().any(|set| {
-        let mask = field(status, set).and_then(|mask| u64::from_str_radix(mask, 16).ok());
-        mask != Some(0)
-    });
+    let mask = |set: &str| field(status, set).and_then(|mask| u64::from_str_radix(mask, 16).ok());
+    let inherited = ["CapInh", "CapAmb"].into_iter().any(|set| mask(set) != Some(0));
+    let held = inherited || ["CapPrm", "CapEff"].into_iter().any(|set| mask(set).is_none_or(|mask| mask & !kept != 0));
     let remedy = "end the machine: it is not confined as it should be";
     if held {
         return Finding::missing("rights", "it has capabilities", remedy);
@@ -144,7 +153,11 @@ fn rights(status: &str) -> Finding {
     if field(status, "NoNewPrivs") != Some("1") {
         return Finding::missing("rights", "it could gain rights by executing a program", remedy);
     }
-    Finding::ok("rights", "no capability, and none can be gained")
+    let says = match mask("CapPrm") {
+        Some(0) => "no capability, and none can be gained",
+        _ => "over its user's own files, whatever their permissions are; no others can be gained",
+    };
+    Finding::ok("rights", says)
 }
 
 fn limits(text: &str, descriptors: Option<usize>) -> Finding {
@@ -180,9 +193,21 @@ mod tests {
     }
 
     #[test]
+    fn rights_are_those_that_a_program_keeps() {
+        let status = |mask: u64| format!("CapInh:\t0\nCapPrm:\t{mask:x}\nCapEff:\t{mask:x}\nCapAmb:\t0\nNoNewPrivs:\t1\n");
+        let files = kept("outboard-virtiofsd");
+        assert_eq!(rights(&status(0), 0).says, "no capability, and none can be gained");
+        assert!(rights(&status(files), files).says.starts_with("over its user's own files"));
+        for (mask, kept) in [(files, kept("outboard-blk")), (files | 1 << 21, files), (1, files)] {
+            assert_eq!(rights(&status(mask), kept).state, State::Missing, "{mask:x}");
+        }
+    }
+
+    #[test]
     fn our_own_process_is_not_confined() {
         let own = i32::try_from(std::process::id()).unwrap();
-        let findings = layers(own, false);
+        let process = Process { role: "disk".to_owned(), program: "outboard-blk".to_owned(), ..Process::default() };
+        let findings = layers(own, &process);
         let state = |name: &str| findings.iter().find(|finding| finding.name == name).map(|finding| finding.state);
         assert_eq!(state("files"), Some(State::Missing));
         assert_eq!(state("system calls"), Some(State::Missing));
