@@ -17,6 +17,7 @@ use suite::{Ended, Scratch, program, run, wait_for};
 
 mod contents;
 mod exercise;
+mod given;
 mod killed;
 mod locks;
 mod made_here;
