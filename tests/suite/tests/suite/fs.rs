@@ -24,6 +24,7 @@ mod made_here;
 mod mounted;
 mod names;
 mod open_files;
+mod options;
 mod owners;
 mod posix;
 mod programs;
