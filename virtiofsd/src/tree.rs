@@ -247,8 +247,8 @@ impl Tree {
         let number = self.shard_of(&identity);
         let kept = {
             let mut shard = self.lock(number);
-            let orphan = Node { orphan: true, ..blank(identity, Kind::REGULAR, parent) };
-            let inserted = shard.insert(orphan, self.budget.nodes / 64).ok_or(Errno::NOMEM);
+            // It becomes one without a name, and is counted as such, with its descriptor.
+            let inserted = shard.insert(blank(identity, Kind::REGULAR, parent), self.budget.nodes / 64).ok_or(Errno::NOMEM);
             inserted.and_then(|key| match shard.keep(key, fd, true) {
                 Ok(_) => Ok(id_of(number, key)),
                 Err(errno) => {

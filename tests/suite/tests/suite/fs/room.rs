@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Command;
 
-use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, statvfs};
 use rustix::io::Errno;
 use suite::{Scratch, program, run};
 
@@ -74,6 +74,24 @@ fn a_full_file_system() {
         fs::create_dir(mounted.seen.join("folder-1000")).unwrap();
         mounted.unmount();
     }
+}
+
+/// Files that never had a name are counted when they come and when they go: others can be removed all the while.
+#[test]
+fn files_without_a_name_come_and_go() {
+    if !can_mount("files without a name") {
+        return;
+    }
+    let mut mounted = Mounted::ours(&[], &[]);
+    for round in 0..20 {
+        let how = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        drop(rustix::fs::open(&mounted.seen, how, Mode::from_raw_mode(0o600)).unwrap());
+        let (here, there) = mounted.both(format!("{round}"));
+        fs::write(&here, "x").unwrap();
+        fs::remove_file(&here).unwrap();
+        assert!(!there.exists());
+    }
+    mounted.unmount();
 }
 
 /// Whoever started the server may make no larger files: a guest that tries is told so, and the server goes on.
