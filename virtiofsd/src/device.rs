@@ -49,30 +49,21 @@ impl Fs {
         // Asked once, before there are filters.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (queue, pool) = if several { (QUEUE_OF_MANY, POOL_OF_MANY) } else { (QUEUE, POOL) };
+        let start = |role: &str, name: String, body: Box<dyn FnOnce(Thread) + Send>| {
+            let begin = move |thread: Result<Thread>| match thread {
+                Ok(thread) => body(thread),
+                Err(error) => tracing::error!("A thread cannot be used: {error}"),
+            };
+            confined.spawn_prepared(role, name, move || prepare(several), begin)
+        };
         let jobs = Arc::new(Jobs::default());
         for index in 0..config.pool {
             let (jobs, share) = (Arc::clone(&jobs), Arc::clone(&share));
-            confined.spawn_prepared(
-                pool,
-                format!("slow{index}"),
-                move || prepare(several),
-                move |thread| match thread {
-                    Ok(thread) => work(&jobs, &share, thread),
-                    Err(error) => tracing::error!("A thread cannot be used: {error}"),
-                },
-            )?;
+            start(pool, format!("slow{index}"), Box::new(move |thread| work(&jobs, &share, thread)))?;
         }
         if config.settings.locks {
             let share = Arc::clone(&share);
-            confined.spawn_prepared(
-                pool,
-                "locks".to_owned(),
-                move || prepare(several),
-                move |thread| match thread {
-                    Ok(thread) => share.waiting.work(&share, thread),
-                    Err(error) => tracing::error!("A thread cannot be used: {error}"),
-                },
-            )?;
+            start(pool, "locks".to_owned(), Box::new(move |thread| share.waiting.work(&share, thread)))?;
         }
         let mut workers = Vec::new();
         for index in 0..=config.queues {
@@ -80,15 +71,7 @@ impl Fs {
             let (pool, share) = (Pool::new(Arc::clone(&jobs))?, Arc::clone(&share));
             let poller = Poller::new(if index == 0 { Duration::ZERO } else { config.poll }, processors);
             let name = if index == 0 { "urgent".to_owned() } else { format!("queue{index}") };
-            confined.spawn_prepared(
-                queue,
-                name,
-                move || prepare(several),
-                move |thread| match thread {
-                    Ok(thread) => run(FsQueue::new(share, thread, pool, poller), mailbox),
-                    Err(error) => tracing::error!("A queue cannot be served: {error}"),
-                },
-            )?;
+            start(queue, name, Box::new(move |thread| run(FsQueue::new(share, thread, pool, poller), mailbox)))?;
             workers.push(worker);
         }
         let (space, tagged) = space(config);

@@ -95,6 +95,8 @@ pub struct Share {
     pub(crate) settings: Settings,
     pub(crate) owners: Owners,
     session: Session,
+    /// What guests are offered: it follows from the settings.
+    offers: u64,
     pub(crate) magic: Magic,
     pub(crate) locks: Owned,
     /// Who waits for a lock.
@@ -208,7 +210,8 @@ impl Share {
     /// A share of what `root` refers to.
     pub(crate) fn new(tree: Tree, magic: Magic, session: Session, settings: Settings, owners: Owners) -> Share {
         let (locks, waiting) = (Owned::default(), Waiting::default());
-        Share { tree, settings, owners, session, magic, locks, waiting }
+        let offers = session::offers(&settings);
+        Share { tree, settings, owners, session, offers, magic, locks, waiting }
     }
 
     /// How requests of this session are to be read.
@@ -219,7 +222,7 @@ impl Share {
     /// Whether both sides can do this.
     pub(crate) fn agreed(&self, flag: u64) -> bool {
         // Nothing is agreed on that was not offered, whoever may have written there.
-        self.session.flags.load(Ordering::Relaxed) & flag & self.offers() != 0
+        self.session.flags.load(Ordering::Relaxed) & flag & self.offers != 0
     }
 
     /// Carries out a request.
@@ -313,11 +316,6 @@ impl Share {
 
     pub(crate) fn timeouts(&self) -> Timeouts {
         Timeouts { entry: self.settings.timeout, attr: self.settings.timeout }
-    }
-
-    /// A descriptor of the directory in which something is to be done.
-    pub(crate) fn directory(&self, node: u64) -> Result<std::sync::Arc<OwnedFd>, Errno> {
-        self.tree.directory(node)
     }
 
     pub(crate) fn is_directory(&self, node: u64) -> bool {

@@ -42,33 +42,28 @@ impl FsQueue {
 
     fn request(&mut self, chain: &Chain, attempt: &Attempt<'_>) -> Served {
         let began = Instant::now();
-        let answered = match fetch_bytes(chain, &mut self.scratch) {
-            Ok(fetched) => {
-                let dialect = self.share.dialect();
-                match fetched.parse(dialect) {
-                    Ok(request) => {
-                        metrics::REQUESTS.add(1);
-                        let how = Io { at_length: !self.copied, ..io(&request.operation, chain, false) };
-                        let done = self.share.perform(&mut self.thread, &request, how);
-                        self.copied |= is_long(&request.operation);
-                        if matches!(done, Ok(Done::Slow | Done::Locked)) {
-                            let job = job(&request, &fetched, chain, attempt, began);
-                            match done {
-                                Ok(Done::Locked) => self.pool.wait_for_lock(job, &self.share.waiting),
-                                _ => self.pool.submit(job),
-                            }
-                            return Served::Later;
-                        }
-                        let answered = answer(chain, request.unique, done);
-                        metrics::times(fetched.opcode()).add(began.elapsed(), 1);
-                        answered
-                    }
-                    Err(bad) => refuse(chain, &bad),
-                }
-            }
-            Err(bad) => refuse(chain, &bad),
+        let fetched = match fetch_bytes(chain, &mut self.scratch) {
+            Ok(fetched) => fetched,
+            Err(bad) => return Served::Done(refuse(chain, &bad)),
         };
-        Served::Done(answered)
+        let request = match fetched.parse(self.share.dialect()) {
+            Ok(request) => request,
+            Err(bad) => return Served::Done(refuse(chain, &bad)),
+        };
+        metrics::REQUESTS.add(1);
+        let how = Io { at_length: !self.copied, ..io(&request.operation, chain, false) };
+        let done = self.share.perform(&mut self.thread, &request, how);
+        self.copied |= is_long(&request.operation);
+        match done {
+            Ok(Done::Slow) => self.pool.submit(job(&request, &fetched, chain, attempt, began)),
+            Ok(Done::Locked) => self.pool.wait_for_lock(job(&request, &fetched, chain, attempt, began), &self.share.waiting),
+            _ => {
+                let answered = answer(chain, request.unique, done);
+                metrics::times(fetched.opcode()).add(began.elapsed(), 1);
+                return Served::Done(answered);
+            }
+        }
+        Served::Later
     }
 }
 

@@ -30,6 +30,8 @@ struct List {
     unwanted: Vec<u64>,
     /// Something has changed since the last attempt.
     changed: bool,
+    /// How often all were interrupted: those that are being tried at that moment, too.
+    ends: u64,
 }
 
 /// The waiting room.
@@ -80,7 +82,11 @@ impl Waiting {
 
     /// None is wanted any more: their queue is to stop, or their guest is gone.
     pub fn interrupt_all(&self) {
-        let errands = std::mem::take(&mut self.list().waiting);
+        let errands = {
+            let mut list = self.list();
+            list.ends = list.ends.wrapping_add(1);
+            std::mem::take(&mut list.waiting)
+        };
         for errand in errands {
             errand.finish(Err(Errno::INTR));
         }
@@ -101,7 +107,7 @@ impl Waiting {
                 pause = SHORTEST;
             }
             let errands = std::mem::take(&mut list.waiting);
-            let unwanted = list.unwanted.clone();
+            let (unwanted, ends) = (list.unwanted.clone(), list.ends);
             drop(list);
             let mut left = Vec::new();
             let mut gone = Vec::new();
@@ -116,6 +122,9 @@ impl Waiting {
                 }
             }
             let mut list = self.list();
+            if list.ends != ends {
+                left.drain(..).for_each(|errand| errand.finish(Err(Errno::INTR)));
+            }
             // Those that have come meanwhile came later.
             left.append(&mut list.waiting);
             list.waiting = left;

@@ -41,8 +41,8 @@ impl Share {
         use std::os::fd::AsFd;
         match sys::fchmodat2(fd.as_fd(), mode) {
             // Before Linux 6.6: of what can be opened.
-            Err(Errno::NOSYS) if self.tree.kind(node)? != Kind::SYMLINK => {
-                let (file, _) = self.reopen(node, OFlags::RDONLY)?;
+            Err(Errno::NOSYS) if matches!(self.tree.kind(node)?, Kind::REGULAR | Kind::DIRECTORY) => {
+                let file = self.reopen(node, OFlags::RDONLY)?;
                 fchmod(&file, rustix::fs::Mode::from_raw_mode(mode))
             }
             Err(Errno::NOSYS) => Err(Errno::OPNOTSUPP),
@@ -56,7 +56,7 @@ impl Share {
         }
         let opened = match change.handle {
             Some(handle) => Err(self.tree.handles.get(handle, node)?),
-            None => Ok(self.reopen(node, OFlags::WRONLY)?.0),
+            None => Ok(self.reopen(node, OFlags::WRONLY)?),
         };
         let file = match &opened {
             Ok(file) => file,

@@ -41,9 +41,9 @@ impl Share {
         (offset, size, plus): (u64, u32, bool),
         io: Io<'_>,
     ) -> Outcome {
-        let dir = self.directory(node)?;
+        let dir = self.tree.directory(node)?;
         if number == 0 && self.agreed(init::NO_OPENDIR_SUPPORT) {
-            let (file, _) = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
+            let file = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
             let reading = Reading { node, dir, file: &file, plus };
             return self.read_entries(thread, &reading, &mut UNKNOWN.clone(), offset, size, io);
         }

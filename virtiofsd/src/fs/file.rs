@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{
-    FallocateFlags, Mode, OFlags, SeekFrom, Statx, copy_file_range, fallocate, fdatasync, fsync, ftruncate, openat2, seek, syncfs,
+    FallocateFlags, OFlags, SeekFrom, Statx, copy_file_range, fallocate, fdatasync, fsync, ftruncate, seek, syncfs,
 };
 use rustix::io::Errno;
 
@@ -62,18 +62,9 @@ impl Share {
     }
 
     /// Opens an inode.
-    pub(super) fn reopen(&self, node: u64, how: OFlags) -> Result<(OwnedFd, Statx), Errno> {
-        let how = how | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-        let resolve = self.tree.resolve();
-        if self.is_directory(node) {
-            let file = openat2(&*self.tree.fd(node)?, c".", how - OFlags::NOFOLLOW, Mode::empty(), resolve)?;
-            let stat = look(&file, c"")?;
-            return Ok((file, stat));
-        }
+    pub(super) fn reopen(&self, node: u64, how: OFlags) -> Result<OwnedFd, Errno> {
         // By way of the inode itself: whatever has its name by now is not even opened.
-        let file = self.magic.reopen(self.tree.fd(node)?.as_fd(), how)?;
-        let stat = look(&file, c"")?;
-        Ok((file, stat))
+        self.magic.reopen(self.tree.fd(node)?.as_fd(), how)
     }
 
     pub(super) fn open(&self, thread: &mut Thread, node: u64, (flags, more): (u32, u32), io: Io<'_>) -> Outcome {
@@ -89,7 +80,8 @@ impl Share {
             Kind::SYMLINK => return Err(Errno::LOOP),
             _ => return Err(Errno::BADF),
         }
-        let (file, stat) = self.reopen(node, self.flags(flags))?;
+        let file = self.reopen(node, self.flags(flags))?;
+        let stat = look(&file, c"")?;
         if Kind::of(stat.stx_mode) != Kind::REGULAR {
             return Err(Errno::STALE);
         }
@@ -122,10 +114,9 @@ impl Share {
         // What is written reaches the host with each write, except where the file system says more when a file is closed.
         let flush = if slow || self.settings.locks { 0 } else { fopen::NOFLUSH };
         let cache = match self.settings.cache {
-            _ if direct => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
-            Cache::Never | Cache::Metadata => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
-            Cache::Auto => 0,
-            Cache::Always => fopen::KEEP_CACHE,
+            Cache::Auto if !direct => 0,
+            Cache::Always if !direct => fopen::KEEP_CACHE,
+            _ => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
         };
         flush | cache
     }
@@ -227,7 +218,7 @@ impl Share {
         match self.tree.handles.get(handle, node) {
             Ok(handle) => done(&handle.file)?,
             // Where directories are not opened, there is no handle.
-            Err(_) if handle == 0 && self.is_directory(node) => done(&self.reopen(node, OFlags::RDONLY)?.0)?,
+            Err(_) if handle == 0 && self.is_directory(node) => done(&self.reopen(node, OFlags::RDONLY)?)?,
             Err(errno) => return Err(errno),
         }
         Ok(EMPTY)
@@ -237,7 +228,7 @@ impl Share {
         if !io.patient {
             return Ok(Done::Slow);
         }
-        let (root, _) = self.reopen(ROOT, OFlags::RDONLY)?;
+        let root = self.reopen(ROOT, OFlags::RDONLY)?;
         syncfs(&root)?;
         Ok(EMPTY)
     }
@@ -290,9 +281,7 @@ impl Share {
             // From now on the guest does not ask.
             return Err(Errno::NOSYS);
         }
-        let dir = self.directory(node)?;
-        let how = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let file = openat2(&dir, c".", how, Mode::empty(), self.tree.resolve())?;
+        let file = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let handle = Handle {
             file,
             node,
@@ -303,8 +292,7 @@ impl Share {
         };
         let number = self.tree.handles.insert(handle)?;
         let flags = match self.settings.cache {
-            Cache::Always => fopen::KEEP_CACHE | fopen::CACHE_DIR,
-            Cache::Metadata => fopen::CACHE_DIR | fopen::KEEP_CACHE,
+            Cache::Always | Cache::Metadata => fopen::KEEP_CACHE | fopen::CACHE_DIR,
             Cache::Auto | Cache::Never => 0,
         };
         io.answer(&reply::open(number, flags))

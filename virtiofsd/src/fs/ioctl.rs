@@ -49,7 +49,7 @@ impl Share {
                 open.file.as_fd()
             }
             Err(_) if flags & flag::IOCTL_DIR != 0 && handle == 0 => {
-                opened = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?.0;
+                opened = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
                 opened.as_fd()
             }
             Err(errno) => return Err(errno),

@@ -108,7 +108,7 @@ impl Share {
             return Ok(Arc::clone(&held.file));
         }
         let both = self.reopen(node, OFlags::RDWR).or_else(|_| self.reopen(node, OFlags::RDONLY));
-        let file = both.or_else(|_| self.reopen(node, OFlags::WRONLY))?.0;
+        let file = both.or_else(|_| self.reopen(node, OFlags::WRONLY))?;
         let mut list = self.locks.list();
         if list.len() >= MAX_OWNERS {
             return Err(Errno::NOLCK);

@@ -16,7 +16,7 @@ const LINK: usize = 4096;
 
 impl Share {
     pub(super) fn lookup(&self, dir: u64, name: Name<'_>, io: Io<'_>) -> Outcome {
-        let fd = self.directory(dir)?;
+        let fd = self.tree.directory(dir)?;
         match self.enter(dir, &fd, name) {
             Ok(entry) => io.answer(&entry),
             Err(Errno::NOENT) => match self.settings.negative_timeout {

@@ -37,7 +37,7 @@ impl Share {
         (mode, umask): (u32, u32),
         io: Io<'_>,
     ) -> Outcome {
-        let dir = self.directory(request.node)?;
+        let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, umask)?;
         mkdirat(&dir, name.as_c_str(), Mode::from_raw_mode(mode & MODE))?;
         io.answer(&self.enter(request.node, &dir, name)?)
@@ -51,7 +51,7 @@ impl Share {
         (mode, device, umask): (u32, u32, u32),
         io: Io<'_>,
     ) -> Outcome {
-        let dir = self.directory(request.node)?;
+        let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, umask)?;
         let kind = match mode & libc::S_IFMT {
             0 => FileType::RegularFile,
@@ -76,7 +76,7 @@ impl Share {
         target: &CStr,
         io: Io<'_>,
     ) -> Outcome {
-        let dir = self.directory(request.node)?;
+        let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, 0)?;
         symlinkat(target, &dir, name.as_c_str())?;
         io.answer(&self.enter(request.node, &dir, name)?)
@@ -90,7 +90,7 @@ impl Share {
         (flags, mode, umask): (u32, u32, u32),
         io: Io<'_>,
     ) -> Outcome {
-        let dir = self.directory(request.node)?;
+        let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, umask)?;
         let how = self.flags(flags) | OFlags::CREATE | OFlags::EXCL;
         let file = match openat2(&dir, name.as_c_str(), how, Mode::from_raw_mode(mode & MODE), self.tree.resolve()) {
@@ -109,7 +109,7 @@ impl Share {
 
     /// The guest did not know that there is such a file: whether this user may open it was not asked there.
     fn open_existing(&self, thread: &mut Thread, request: &Request<'_>, name: Name<'_>, flags: u32, io: Io<'_>) -> Outcome {
-        let dir = self.directory(request.node)?;
+        let dir = self.tree.directory(request.node)?;
         let stat = look(&dir, name.as_c_str())?;
         if Kind::of(stat.stx_mode) != Kind::REGULAR {
             return Err(Errno::EXIST);
@@ -152,7 +152,7 @@ impl Share {
         (flags, mode, umask): (u32, u32, u32),
         io: Io<'_>,
     ) -> Outcome {
-        let dir = self.directory(request.node)?;
+        let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, umask)?;
         let flags = flags & !libc::O_EXCL.cast_unsigned();
         let how = (self.flags(flags) - OFlags::NOFOLLOW) | OFlags::TMPFILE;
@@ -166,7 +166,7 @@ impl Share {
     }
 
     pub(super) fn link(&self, to: u64, old: u64, name: Name<'_>, io: Io<'_>) -> Outcome {
-        let dir = self.directory(to)?;
+        let dir = self.tree.directory(to)?;
         let fd = self.tree.fd(old)?;
         // The file itself, whatever name it has by now, or none.
         let (magic, number) = self.magic.name(fd.as_fd());

@@ -15,7 +15,7 @@ use crate::tree::{Found, look};
 
 impl Share {
     pub(super) fn unlink(&self, node: u64, name: Name<'_>, directory: bool) -> Outcome {
-        let dir = self.directory(node)?;
+        let dir = self.tree.directory(node)?;
         let orphan = self.prepare_orphan(node, &dir, name)?;
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
         unlinkat(&dir, name.as_c_str(), flags).inspect_err(|errno| {
@@ -47,8 +47,8 @@ impl Share {
     }
 
     pub(super) fn rename(&self, from: (u64, Name<'_>), to: (u64, Name<'_>), flags: u32) -> Outcome {
-        let old_dir = self.directory(from.0)?;
-        let new_dir = self.directory(to.0)?;
+        let old_dir = self.tree.directory(from.0)?;
+        let new_dir = self.tree.directory(to.0)?;
         let flags = RenameFlags::from_bits_retain(flags);
         // Two names of one file: the system does nothing then, and nothing loses its name.
         let orphan = if flags.contains(RenameFlags::EXCHANGE) || self.same_file((&old_dir, from.1), (&new_dir, to.1)) {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use rustix::io::Errno;
 
 use crate::abi::{self, init};
-use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share};
+use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Settings, Share};
 use crate::reply::{self, InitReply};
 use crate::request::forgotten;
 
@@ -25,7 +25,7 @@ impl Share {
             // A guest that begins anew has forgotten what it knew.
             self.end();
         }
-        let agreed = flags & self.offers();
+        let agreed = flags & self.offers;
         self.session.flags.store(agreed, Ordering::Relaxed);
         io.answer(&reply::init(&InitReply {
             minor: abi::NEWEST_MINOR,
@@ -38,31 +38,6 @@ impl Share {
             max_pages: u16::try_from(MAX_WRITE / 4096).unwrap_or(u16::MAX),
             ..InitReply::default()
         }))
-    }
-
-    pub(super) fn offers(&self) -> u64 {
-        let settings = &self.settings;
-        let when = |condition: bool, flags: u64| if condition { flags } else { 0 };
-        init::ASYNC_READ
-            | init::PARALLEL_DIROPS
-            | init::BIG_WRITES
-            | init::AUTO_INVAL_DATA
-            | init::ASYNC_DIO
-            | init::ATOMIC_O_TRUNC
-            | init::MAX_PAGES
-            | init::INIT_EXT
-            | init::CREATE_SUPP_GROUP
-            | init::ALLOW_IDMAP
-            | init::HAS_IOCTL_DIR
-            | when(settings.announce_submounts, init::SUBMOUNTS)
-            | when(settings.readdirplus, init::DO_READDIRPLUS | init::READDIRPLUS_AUTO)
-            | when(settings.writeback, init::WRITEBACK_CACHE)
-            | when(settings.posix_acl, init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT)
-            | when(settings.killpriv_v2, init::HANDLE_KILLPRIV_V2)
-            | when(settings.locks, init::POSIX_LOCKS | init::FLOCK_LOCKS)
-            | when(settings.allow_mmap, init::DIRECT_IO_ALLOW_MMAP)
-            | when(settings.cache == Cache::Always, init::NO_OPENDIR_SUPPORT)
-            | when(matches!(settings.cache, Cache::Always | Cache::Metadata), init::CACHE_SYMLINKS)
     }
 
     pub(super) fn destroy(&self) -> Outcome {
@@ -90,4 +65,29 @@ impl Share {
         }
         Ok(Done::Silence)
     }
+}
+
+/// What a guest is offered, with these settings.
+pub(super) fn offers(settings: &Settings) -> u64 {
+    let when = |condition: bool, flags: u64| if condition { flags } else { 0 };
+    init::ASYNC_READ
+        | init::PARALLEL_DIROPS
+        | init::BIG_WRITES
+        | init::AUTO_INVAL_DATA
+        | init::ASYNC_DIO
+        | init::ATOMIC_O_TRUNC
+        | init::MAX_PAGES
+        | init::INIT_EXT
+        | init::CREATE_SUPP_GROUP
+        | init::ALLOW_IDMAP
+        | init::HAS_IOCTL_DIR
+        | when(settings.announce_submounts, init::SUBMOUNTS)
+        | when(settings.readdirplus, init::DO_READDIRPLUS | init::READDIRPLUS_AUTO)
+        | when(settings.writeback, init::WRITEBACK_CACHE)
+        | when(settings.posix_acl, init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT)
+        | when(settings.killpriv_v2, init::HANDLE_KILLPRIV_V2)
+        | when(settings.locks, init::POSIX_LOCKS | init::FLOCK_LOCKS)
+        | when(settings.allow_mmap, init::DIRECT_IO_ALLOW_MMAP)
+        | when(settings.cache == Cache::Always, init::NO_OPENDIR_SUPPORT)
+        | when(matches!(settings.cache, Cache::Always | Cache::Metadata), init::CACHE_SYMLINKS)
 }

@@ -79,7 +79,7 @@ impl Share {
         if !matches!(self.tree.kind(node)?, Kind::REGULAR | Kind::DIRECTORY) {
             return Err(Errno::OPNOTSUPP);
         }
-        Ok(self.reopen(node, OFlags::RDONLY)?.0)
+        self.reopen(node, OFlags::RDONLY)
     }
 }
 
