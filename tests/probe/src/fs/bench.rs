@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
+use super::message::{ROOT, op};
 use super::{FIRST, LIMIT, OUT_HEADER, PAGE, Share, wire};
 use crate::blk::bench::{Report, Times};
 use crate::device::Device;
@@ -25,12 +26,6 @@ const FILE: u64 = 64 << 20;
 
 /// Bytes of data at a time while the file is filled.
 const PIECE: u32 = 128 * 1024;
-
-const LOOKUP: u32 = 1;
-const GETATTR: u32 = 3;
-const READ: u32 = 15;
-const CREATE: u32 = 35;
-const ROOT: u64 = 1;
 
 /// Where the offset stands in a READ and a WRITE.
 const OFFSET: u64 = 48;
@@ -192,11 +187,11 @@ fn lay_out(device: &mut Device, plan: Plan, message: &[u8]) -> Result<Vec<Lane>>
 fn message(plan: Plan, node: u64, handle: u64) -> Vec<u8> {
     let transfer = |size: u32| [handle.to_le_bytes(), [0; 8], u64::from(size).to_le_bytes(), [0; 8], [0; 8]].concat();
     match plan.load {
-        Load::Getattr => wire::about(GETATTR, node, 0, &[0; 16]),
-        Load::Lookup => wire::about(LOOKUP, ROOT, 0, &[NAME, b"\0"].concat()),
-        Load::LookupMiss => wire::about(LOOKUP, ROOT, 0, &[MISSING, b"\0"].concat()),
-        Load::Read => wire::about(READ, node, 0, &transfer(plan.size)),
-        Load::Write => wire::about(wire::WRITE, node, plan.size, &transfer(plan.size)),
+        Load::Getattr => wire::about(op::GETATTR, node, 0, &[0; 16]),
+        Load::Lookup => wire::about(op::LOOKUP, ROOT, 0, &[NAME, b"\0"].concat()),
+        Load::LookupMiss => wire::about(op::LOOKUP, ROOT, 0, &[MISSING, b"\0"].concat()),
+        Load::Read => wire::about(op::READ, node, 0, &transfer(plan.size)),
+        Load::Write => wire::about(op::WRITE, node, plan.size, &transfer(plan.size)),
         Load::Nothing => wire::about(4000, ROOT, 0, &[]),
     }
 }
@@ -206,13 +201,13 @@ fn file(share: &mut Share) -> Result<(u64, u64)> {
     let flags = u32::try_from(libc::O_RDWR | libc::O_CREAT)?;
     let mut body = [flags, 0o100_644, 0, 0].map(u32::to_le_bytes).concat();
     body.extend([NAME, b"\0"].concat());
-    let made = share.exchange(&wire::about(CREATE, ROOT, 0, &body)).context("Cannot make the file that is to be used")?.bytes;
+    let made = share.exchange(&wire::about(op::CREATE, ROOT, 0, &body)).context("Cannot make the file that is to be used")?.bytes;
     let number = |at: usize| made.get(at..at + 8).and_then(|bytes| bytes.first_chunk().copied()).map(u64::from_le_bytes);
     let (node, handle) = (number(16).context("A short answer")?, number(16 + 128).context("A short answer")?);
     for at in (0..FILE).step_by(PIECE as usize) {
         let head = [handle.to_le_bytes(), at.to_le_bytes(), u64::from(PIECE).to_le_bytes(), [0; 8], [0; 8]].concat();
         let body = [head, vec![7; PIECE as usize]].concat();
-        share.exchange(&wire::about(wire::WRITE, node, 0, &body)).context("Cannot fill the file")?;
+        share.exchange(&wire::about(op::WRITE, node, 0, &body)).context("Cannot fill the file")?;
     }
     Ok((node, handle))
 }
