@@ -144,8 +144,8 @@ pub struct Args {
     /// Most inodes that the guest may know at once
     #[arg(long, value_name = "N", default_value_t = MAX_INODES, value_parser = clap::value_parser!(u32).range(1024..=1 << 30))]
     pub max_inodes: u32,
-    /// Longest look at an empty ring before going to sleep, in microseconds; 0 to 50. It is as short as pays, takes a fifth of a
-    /// processor at most, and none when nothing is asked
+    /// Longest look at an empty ring before going to sleep, in microseconds; 0 to 50. It is as short as pays. Looks in vain take a
+    /// fifth of a processor at most, and none when nothing is asked; who asks without pause finds this awake
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u16).range(0..=50))]
     pub poll_limit: u16,
     /// A page in which a successor of this process finds what was agreed on with the guest

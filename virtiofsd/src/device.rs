@@ -69,7 +69,7 @@ impl Fs {
         for index in 0..=config.queues {
             let (worker, mailbox) = Worker::new()?;
             let (pool, share) = (Pool::new(Arc::clone(&jobs))?, Arc::clone(&share));
-            let poller = Poller::new(if index == 0 { Duration::ZERO } else { config.poll }, processors);
+            let poller = Poller::eager(if index == 0 { Duration::ZERO } else { config.poll }, processors);
             let name = if index == 0 { "urgent".to_owned() } else { format!("queue{index}") };
             start(queue, name, Box::new(move |thread| run(FsQueue::new(share, thread, pool, poller), mailbox)))?;
             workers.push(worker);

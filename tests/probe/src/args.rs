@@ -115,6 +115,9 @@ pub enum Fs {
         /// For how long
         #[arg(long, default_value_t = 2.0)]
         seconds: f64,
+        /// Look for answers all the time instead of sleeping until one is announced
+        #[arg(long)]
+        poll: bool,
         /// For machines
         #[arg(long)]
         json: bool,

@@ -68,9 +68,9 @@ fn run(verb: Verb) -> Result<bool> {
         }
         Verb::Fs(Fs::Info { socket, json }) => share_info(&socket, json),
         Verb::Fs(Fs::Attack { case, list, json, command }) => share_attack(&case, list, json, command),
-        Verb::Fs(Fs::Bench { socket, load, block_size: size, depth, seconds, json, rings }) => {
+        Verb::Fs(Fs::Bench { socket, load, block_size: size, depth, seconds, poll, json, rings }) => {
             let time = Duration::try_from_secs_f64(seconds).context("Not a time")?;
-            let plan = fs::bench::Plan { load, size, depth, time, seed: rings.seed };
+            let plan = fs::bench::Plan { load, size, depth, time, poll, seed: rings.seed };
             let mut how = fs::Plan::new(rings, false);
             how.shape.memory += fs::bench::memory(&plan);
             let mut share = Share::open(connect(&socket)?, &how)?;

@@ -4,6 +4,10 @@
 //! for a while longer, as long as that pays: the window grows when the next request would have come within it, shrinks each time it
 //! passed in vain, and is nothing at all where requests come seldom. Over any stretch of time the looking takes no more than a part of a
 //! processor ([`SHARE`]); a ring that is idle is not looked at, and costs nothing.
+//!
+//! Where a guest's programs ask one thing at a time and wait for each answer, as they do with names and attributes of files, all they
+//! wait for is two wake-ups. There only what was looked for in vain counts against the budget ([`Poller::eager`]): a look that found
+//! something was shorter than going to sleep and being woken would have been.
 
 use std::time::{Duration, Instant};
 
@@ -23,6 +27,7 @@ const STRETCH: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub struct Poller {
     longest: Duration,
+    eager: bool,
     window: Duration,
     stretch: Instant,
     spent: Duration,
@@ -34,7 +39,12 @@ impl Poller {
     /// asking, so there it never does either.
     pub fn new(longest: Duration, processors: usize) -> Poller {
         let longest = if processors > 1 { longest.min(LONGEST) } else { Duration::ZERO };
-        Poller { longest, window: Duration::ZERO, stretch: Instant::now(), spent: Duration::ZERO, asleep: None }
+        Poller { longest, eager: false, window: Duration::ZERO, stretch: Instant::now(), spent: Duration::ZERO, asleep: None }
+    }
+
+    /// The same, and a look that found something costs nothing.
+    pub fn eager(longest: Duration, processors: usize) -> Poller {
+        Poller { eager: true, ..Poller::new(longest, processors) }
     }
 
     /// Looks until `ready` says so, or the window is over. `true`: there is something.
@@ -49,8 +59,9 @@ impl Poller {
             found = ready();
             std::hint::spin_loop();
         }
-        let spent = start.elapsed();
-        self.spent += spent;
+        if !(found && self.eager) {
+            self.spent += start.elapsed();
+        }
         if !found {
             self.shrink();
         }
@@ -137,5 +148,21 @@ mod tests {
             false
         });
         assert_eq!(looked, 0);
+    }
+
+    #[test]
+    fn who_is_eager_pays_only_for_looks_in_vain() {
+        let after_a_look = |mut poller: Poller, found| {
+            (poller.window, poller.stretch) = (LONGEST, Instant::now() + Duration::from_secs(3600));
+            let mut times = 0;
+            poller.look(|| {
+                times += 1;
+                found && times > 10
+            });
+            poller.spent
+        };
+        assert!(after_a_look(Poller::eager(LONGEST, 2), true).is_zero());
+        assert!(!after_a_look(Poller::eager(LONGEST, 2), false).is_zero());
+        assert!(!after_a_look(Poller::new(LONGEST, 2), true).is_zero());
     }
 }

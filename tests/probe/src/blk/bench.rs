@@ -119,7 +119,7 @@ pub fn run(disk: &mut Disk, plan: Plan) -> Result<Report> {
             out -= turn(&mut disk.device, lane, &mut places, &mut times, plan, start)?;
         }
         if times.count == before {
-            rest(&mut disk.device, plan.poll, start)?;
+            rest(&mut disk.device, plan.poll, start).context("The disk did not answer")?;
         }
     }
     Ok(times.report(start.elapsed()))
@@ -156,16 +156,19 @@ fn turn(device: &mut Device, lane: &mut Lane, places: &mut Places, times: &mut T
     Ok(ended)
 }
 
-/// There is nothing to take.
-fn rest(device: &mut Device, poll: bool, start: Instant) -> Result<()> {
+/// There is nothing to take: waits until there is, or looks once more.
+///
+/// # Errors
+/// When nothing came for too long.
+pub(crate) fn rest(device: &mut Device, poll: bool, start: Instant) -> Result<()> {
     if poll {
         hint::spin_loop();
-        // A disk that never answers is somebody else's finding, but not to be waited for without end.
+        // A server that never answers is somebody else's finding, but not to be waited for without end.
         if start.elapsed() > LIMIT * 4 {
-            bail!("the disk did not answer");
+            bail!("nothing came back");
         }
     } else if !device.wait(LIMIT) {
-        bail!("the disk did not answer within {} s", LIMIT.as_secs());
+        bail!("nothing came back within {} s", LIMIT.as_secs());
     }
     Ok(())
 }

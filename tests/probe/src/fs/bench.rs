@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use super::message::{ROOT, op};
-use super::{FIRST, LIMIT, OUT_HEADER, PAGE, Share, wire};
-use crate::blk::bench::{Report, Times};
+use super::{FIRST, OUT_HEADER, PAGE, Share, wire};
+use crate::blk::bench::{Report, Times, rest};
 use crate::device::Device;
 use crate::random::Random;
 use crate::ring::Buffer;
@@ -58,6 +58,8 @@ pub struct Plan {
     pub depth: usize,
     /// How long.
     pub time: Duration,
+    /// Look for answers all the time instead of sleeping until one is announced.
+    pub poll: bool,
     /// Where the random places begin.
     pub seed: u64,
 }
@@ -106,8 +108,8 @@ pub fn run(share: &mut Share, plan: Plan) -> Result<Report> {
         for lane in &mut lanes {
             out -= turn(&mut share.device, lane, plan, &mut random, &mut times, start)?;
         }
-        if times.count() == before && !share.device.wait(LIMIT) {
-            bail!("The server did not answer within {} s", LIMIT.as_secs());
+        if times.count() == before {
+            rest(&mut share.device, plan.poll, start).context("The server did not answer")?;
         }
     }
     Ok(times.report(start.elapsed()))

@@ -1,4 +1,4 @@
-//! What `outboard-probe blk bench` says of a disk is what the disk has done.
+//! What `outboard-probe blk bench` and `fs bench` say of a server is what it has done.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
@@ -58,5 +58,47 @@ fn a_bench_says_why_it_cannot_be() {
     ] {
         let ended = run(Command::new(program("outboard-probe")).args(["blk", "bench"]).args(words).arg(&server.socket));
         assert!(ended.code == Some(1) && ended.err.contains(reason), "{words:?}: {}", ended.err);
+    }
+}
+
+/// Measures a share: what the probe says, and how many requests the server counted while it did.
+fn measured_share(words: &[&str]) -> (serde_json::Value, u64) {
+    let scratch = Scratch::new();
+    let folder = scratch.path("shared");
+    std::fs::create_dir(&folder).unwrap();
+    let counters = page::make().unwrap();
+    rustix::io::fcntl_setfd(&counters, FdFlags::empty()).unwrap();
+    let number = counters.as_raw_fd().to_string();
+    let shared = ["--shared-dir", folder.to_str().unwrap(), "--num-request-queues", "2", "--metrics-fd", &number];
+    let server = Server::start("outboard-virtiofsd", &scratch, &shared);
+    let mut probe = Command::new(program("outboard-probe"));
+    probe.args(["fs", "bench", "--json", "--seconds", "0.05"]).args(words).arg(&server.socket);
+    let ended = run(&mut probe);
+    assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{words:?}");
+    let counted = page::read(counters.as_fd());
+    let requests = counted.iter().find(|one| one.name == "virtiofsd_requests").map_or(0, |one| one.values.iter().sum());
+    (serde_json::from_str(&ended.out).unwrap(), requests)
+}
+
+#[test]
+fn a_bench_of_a_share_counts_what_the_server_has_answered() {
+    // The session, the file that is used, and 64 MiB in pieces of 128 KiB to fill it.
+    const BEFORE: u64 = 2 + 512;
+    for words in [
+        &[][..],
+        &["--load", "getattr", "--poll", "--depth", "8"],
+        &["--load", "lookup", "--queues", "2", "--depth", "8"],
+        &["--load", "lookup-miss", "--queue-size", "128", "--depth", "32"],
+        &["--load", "read", "--block-size", "65536", "--indirect"],
+        &["--load", "write", "--block-size", "512", "--no-event-idx", "--seed", "7"],
+        &["--load", "nothing"],
+    ] {
+        let (said, counted) = measured_share(words);
+        let requests = said["requests"].as_u64().unwrap();
+        // What no server knows is not carried out.
+        let known = if words.contains(&"nothing") { 0 } else { requests };
+        assert!(requests > 0 && counted == known + BEFORE, "{words:?}: {counted} of {said}");
+        let [half, most, rate] = ["p50_us", "p99_us", "requests_per_second"].map(|name| said[name].as_f64().unwrap());
+        assert!(0.0 < half && half <= most && rate > 0.0, "{words:?}: {said}");
     }
 }
