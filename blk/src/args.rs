@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{bail, ensure};
 use clap::{Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
+use virtio::limit::Rate;
 
-use crate::limit::Rate;
 use crate::request::{SECTOR, SERIAL};
 use crate::topology::Topology;
 
@@ -116,10 +116,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub num_queues: u16,
     /// Most requests in a second, and how many at once after a pause: OPS or OPS:BURST
-    #[arg(long, value_name = "OPS[:BURST]", value_parser = rate)]
+    #[arg(long, value_name = "OPS[:BURST]")]
     pub limit_ops: Option<Rate>,
     /// Most bytes in a second, and how many at once after a pause: BYTES or BYTES:BURST
-    #[arg(long, value_name = "BYTES[:BURST]", value_parser = rate)]
+    #[arg(long, value_name = "BYTES[:BURST]")]
     pub limit_bytes: Option<Rate>,
     /// The limits of a group of disks, a page that their processes share: the first one sets them, as the flags above say
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
@@ -151,12 +151,6 @@ fn block(text: &str) -> Result<u32, String> {
     } else {
         Err("not a power of two from 512 to 65536".to_owned())
     }
-}
-
-fn rate(text: &str) -> Result<Rate, String> {
-    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("{text:?} is not a number"));
-    let (per_second, burst) = text.split_once(':').unwrap_or((text, "0"));
-    Ok(Rate { per_second: number(per_second)?, burst: number(burst)? })
 }
 
 fn serial(text: &str) -> Result<String, String> {

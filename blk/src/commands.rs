@@ -33,9 +33,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use virtio::limit::Rate;
 
 use crate::image::Disk;
-use crate::limit::Rate;
 use crate::shared::Shared;
 
 /// The longest line is a limit with four numbers.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use daemon::Confined;
 use virtio::device::{Device, Foreign, Host, Identity, ReadOnly, read_config};
+use virtio::limit::Limits;
 use virtio::worker::{Poller, Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
 
@@ -16,7 +17,6 @@ use crate::engine::pool::{self, Jobs, Pool};
 use crate::engine::split::{self, Split};
 use crate::engine::uring::Uring;
 use crate::image::{Afterwards, Disk};
-use crate::limit::Limits;
 use crate::queue::DiskQueue;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use crate::sandbox::{ERASER, POOL, THREAD};

@@ -24,7 +24,6 @@ pub mod device;
 pub mod direct;
 pub mod engine;
 pub mod image;
-pub mod limit;
 pub mod metrics;
 pub mod queue;
 pub mod request;

@@ -8,10 +8,10 @@ use blk::args::{Args, Config};
 use blk::commands::Entrance;
 use blk::device::{Blk, Engines};
 use blk::image::Files;
-use blk::limit::Limits;
 use blk::metrics;
 use blk::sandbox::POLICY;
 use vhost_user::Backend;
+use virtio::limit::Limits;
 
 fn main() -> ExitCode {
     daemon::main(&POLICY, |startup: daemon::Startup<Args>| {

@@ -5,9 +5,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use virtio::Host;
+use virtio::limit;
 
 use crate::direct::Alignment;
-use crate::limit;
 use crate::request::{LIFETIME, Limits, SERIAL};
 
 /// One disk's.

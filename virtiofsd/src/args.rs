@@ -10,6 +10,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
 use rustix::process::{Resource, geteuid, getrlimit};
 use sandbox::{IdRange, Identity};
+use virtio::limit::Rate;
 
 use crate::fs::{Cache, Settings};
 use crate::owner::{Ids, Owners};
@@ -144,6 +145,12 @@ pub struct Args {
     /// Most inodes that the guest may know at once
     #[arg(long, value_name = "N", default_value_t = MAX_INODES, value_parser = clap::value_parser!(u32).range(1024..=1 << 30))]
     pub max_inodes: u32,
+    /// Most requests in a second, and how many at once after a pause: OPS or OPS:BURST
+    #[arg(long, value_name = "OPS[:BURST]")]
+    pub limit_ops: Option<Rate>,
+    /// Most bytes read and written in a second, and how many at once after a pause: BYTES or BYTES:BURST
+    #[arg(long, value_name = "BYTES[:BURST]")]
+    pub limit_bytes: Option<Rate>,
     /// Longest look at an empty ring before going to sleep, in microseconds; 0 to 50. It is as short as pays. Looks in vain take a
     /// fifth of a processor at most, and none when nothing is asked; who asks without pause finds this awake
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u16).range(0..=50))]
@@ -326,6 +333,10 @@ pub struct Config {
     pub max_handles: u32,
     /// Most inodes.
     pub max_inodes: u32,
+    /// Requests in a second.
+    pub operations: Rate,
+    /// Bytes in a second.
+    pub bytes: Rate,
     /// Longest look at an empty ring.
     pub poll: Duration,
 }
@@ -364,6 +375,8 @@ impl Config {
             max_nameless: nameless,
             max_handles: u32::try_from(files).unwrap_or(u32::MAX),
             max_inodes: args.max_inodes,
+            operations: args.limit_ops.unwrap_or_default(),
+            bytes: args.limit_bytes.unwrap_or_default(),
             poll: Duration::from_micros(args.poll_limit.into()),
         })
     }

@@ -45,6 +45,7 @@ impl Fs {
     /// # Errors
     /// When one cannot be started.
     pub fn new(share: Share, config: &Config, several: bool, confined: &Confined) -> Result<Fs> {
+        share.limits.begin(config.operations, config.bytes);
         let share = Arc::new(share);
         // Asked once, before there are filters.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);

@@ -14,6 +14,7 @@ use std::time::Duration;
 use rustix::fs::Statx;
 use rustix::io::Errno;
 use virtio::Buffer;
+use virtio::limit::Limits;
 
 use crate::abi::{attr, init};
 use crate::fs::lock::Owned;
@@ -99,6 +100,8 @@ pub struct Share {
     offers: u64,
     pub(crate) magic: Magic,
     pub(crate) locks: Owned,
+    /// How much it may be used.
+    pub(crate) limits: Limits,
     /// Who waits for a lock.
     pub waiting: Waiting,
 }
@@ -209,9 +212,9 @@ const EMPTY: Done = Done::Answer(0);
 impl Share {
     /// A share of what `root` refers to.
     pub(crate) fn new(tree: Tree, magic: Magic, session: Session, settings: Settings, owners: Owners) -> Share {
-        let (locks, waiting) = (Owned::default(), Waiting::default());
+        let (locks, limits, waiting) = (Owned::default(), Limits::default(), Waiting::default());
         let offers = session::offers(&settings);
-        Share { tree, settings, owners, session, offers, magic, locks, waiting }
+        Share { tree, settings, owners, session, offers, magic, locks, limits, waiting }
     }
 
     /// How requests of this session are to be read.

@@ -4,7 +4,7 @@
 //! guest's memory, and comes back as an outcome; the header of the answer is written here in either case.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -32,12 +32,14 @@ pub struct FsQueue {
     poller: Poller,
     /// It has copied much since it looked at the queue last: what else there is to copy is for others, at the same time.
     copied: bool,
+    /// How long the next request has to wait for its limits.
+    wait: Option<Duration>,
 }
 
 impl FsQueue {
     /// Serves `share` on this thread.
     pub fn new(share: Arc<Share>, thread: Thread, pool: Pool, poller: Poller) -> FsQueue {
-        FsQueue { share, thread, scratch: Scratch::new(), pool, poller, copied: false }
+        FsQueue { share, thread, scratch: Scratch::new(), pool, poller, copied: false, wait: None }
     }
 
     fn request(&mut self, chain: &Chain, attempt: &Attempt<'_>) -> Served {
@@ -51,9 +53,11 @@ impl FsQueue {
             Err(bad) => return Served::Done(refuse(chain, &bad)),
         };
         metrics::REQUESTS.add(1);
+        self.share.limits.pay(copied(&request.operation).into());
         let how = Io { at_length: !self.copied, ..io(&request.operation, chain, false) };
         let done = self.share.perform(&mut self.thread, &request, how);
-        self.copied |= is_long(&request.operation);
+        // So much that others could do something meanwhile.
+        self.copied |= copied(&request.operation) > SHORT;
         match done {
             Ok(Done::Slow) => self.pool.submit(job(&request, &fetched, chain, attempt, began)),
             Ok(Done::Locked) => self.pool.wait_for_lock(job(&request, &fetched, chain, attempt, began), &self.share.waiting),
@@ -67,9 +71,12 @@ impl FsQueue {
     }
 }
 
-/// Whether a request copies so much that others could do something meanwhile.
-fn is_long(operation: &Operation<'_>) -> bool {
-    matches!(operation, Operation::Read { size, .. } | Operation::Write { size, .. } if *size > SHORT)
+/// Bytes that a request copies, at most.
+fn copied(operation: &Operation<'_>) -> u32 {
+    match operation {
+        Operation::Read { size, .. } | Operation::Write { size, .. } => *size,
+        _ => 0,
+    }
 }
 
 /// A request, so that another thread can do it.
@@ -139,6 +146,20 @@ impl Serve for FsQueue {
             return 0;
         }
         write_header(chain.writable(), u64::from_le_bytes([u0, u1, u2, u3, u4, u5, u6, u7]), libc::EIO, HEADER)
+    }
+
+    fn can_serve(&mut self, index: u16) -> bool {
+        // What comes on the first queue gives back, and takes nothing.
+        let wait = if index == 0 { None } else { self.share.limits.wait() };
+        if wait.is_some() && self.wait.is_none() {
+            metrics::LIMITED.add(1);
+        }
+        self.wait = wait;
+        wait.is_none()
+    }
+
+    fn timeout(&self, _slots: &Slots) -> Option<Duration> {
+        self.wait
     }
 
     fn settle(&mut self, slot: &mut Slot) {

@@ -32,6 +32,7 @@ pub mod device;
 pub mod dirty;
 pub mod event;
 pub mod inflight;
+pub mod limit;
 pub mod memory;
 pub mod metrics;
 pub mod queue;

@@ -45,7 +45,7 @@ impl Rate {
     }
 }
 
-/// How much a disk may be used.
+/// How much a disk or a share may be used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Requests.
@@ -145,15 +145,19 @@ impl Disk {
         if self.ephemeral.is_some() && self.data_file.is_some() {
             usage!("The disk `{name}` cannot be `ephemeral`: an image that others are based on keeps its data in its own file");
         }
-        self.limits.check(name)
+        self.limits.check("disk", name)
     }
 }
 
 impl Limits {
-    fn check(&self, name: &str) -> Result<()> {
+    /// Whether its parts fit together.
+    ///
+    /// # Errors
+    /// When they do not, in words about the `kind` of device of that name.
+    pub fn check(&self, kind: &str, name: &str) -> Result<()> {
         for (rate, what) in [(self.operations, "limit-ops"), (self.bytes, "limit-bytes")] {
             if rate.per_second == 0 && rate.burst != 0 {
-                usage!("The disk `{name}` has a burst and no `{what}` to go with it");
+                usage!("The {kind} `{name}` has a burst and no `{what}` to go with it");
             }
         }
         Ok(())

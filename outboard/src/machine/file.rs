@@ -142,8 +142,6 @@ fn disk(table: &Values, dir: &Path) -> Device {
     let below = table.chain("backing").into_iter();
     let below = below.map(|(path, format)| Image { path: dir.join(path), format: image_format(&format) });
     let scratch = || table.text("ephemeral-dir").map_or_else(|| SCRATCH.into(), |path| dir.join(path));
-    let count = |key: &str| table.number(key).map_or(0, u64::from);
-    let bytes = |key: &str| table.text(key).and_then(|text| size::parse(&text).ok()).unwrap_or(0);
     Disk {
         images: [top].into_iter().chain(below).collect(),
         data_file: table.text("data-file").map(|path| dir.join(path)),
@@ -151,10 +149,7 @@ fn disk(table: &Values, dir: &Path) -> Device {
         readonly: table.yes("readonly"),
         direct: table.is("cache", "direct"),
         engine: table.text("engine"),
-        limits: Limits {
-            operations: Rate { per_second: count("limit-ops"), burst: count("limit-ops-burst") },
-            bytes: Rate { per_second: bytes("limit-bytes"), burst: bytes("limit-bytes-burst") },
-        },
+        limits: limits(table),
         limit_group: table.text("limit-group"),
         queues: queues(table),
         serial: table.text("serial"),
@@ -172,9 +167,19 @@ fn share(table: &Values, dir: &Path, cpus: u8) -> Device {
         xattr: table.yes("xattr"),
         posix_acl: table.yes("posix-acl"),
         negative_timeout: table.number("negative-timeout"),
+        limits: limits(table),
         queues: queues(table),
     }
     .device(table.name.clone(), cpus)
+}
+
+fn limits(table: &Values) -> Limits {
+    let count = |key: &str| table.number(key).map_or(0, u64::from);
+    let bytes = |key: &str| table.text(key).and_then(|text| size::parse(&text).ok()).unwrap_or(0);
+    Limits {
+        operations: Rate { per_second: count("limit-ops"), burst: count("limit-ops-burst") },
+        bytes: Rate { per_second: bytes("limit-bytes"), burst: bytes("limit-bytes-burst") },
+    }
 }
 
 /// As the schema lets it be written.

@@ -67,8 +67,8 @@ fn disk_device(text: &str, index: usize, dir: &Path) -> Result<Device> {
             ("cache", Some("page")) => disk.direct = false,
             ("cache", Some("direct")) => disk.direct = true,
             ("engine", Some(word @ ("auto" | "io-uring" | "threads"))) => disk.engine = Some(word.to_owned()),
-            ("limit-ops", Some(value)) => disk.limits.operations = about(text, disk::operations(value))?,
-            ("limit-bytes", Some(value)) => disk.limits.bytes = about(text, disk::bytes(value))?,
+            ("limit-ops", Some(value)) => disk.limits.operations = about("--disk", text, disk::operations(value))?,
+            ("limit-bytes", Some(value)) => disk.limits.bytes = about("--disk", text, disk::bytes(value))?,
             ("limit-group", Some(value)) => disk.limit_group = Some(value.to_owned()),
             ("cache" | "engine", Some(value)) => usage!("--disk {text}: Unknown value `{value}`; see outboard run --help"),
             ("readonly", None) => disk.readonly = true,
@@ -100,6 +100,8 @@ fn share(text: &str, index: usize, dir: &Path, cpus: u8) -> Result<Device> {
             ("xattr", None) => share.xattr = true,
             ("posix-acl", None) => share.posix_acl = true,
             ("negative-timeout", Some(value)) => share.negative_timeout = Some(number(value, "--share", text)?.into()),
+            ("limit-ops", Some(value)) => share.limits.operations = about("--share", text, disk::operations(value))?,
+            ("limit-bytes", Some(value)) => share.limits.bytes = about("--share", text, disk::bytes(value))?,
             ("queues", Some(value)) => share.queues = Some(number(value, "--share", text)?),
             ("cache", Some(value)) => usage!("--share {text}: Unknown value `{value}`; see outboard run --help"),
             _ => {
@@ -113,8 +115,20 @@ fn share(text: &str, index: usize, dir: &Path, cpus: u8) -> Result<Device> {
     Ok(share.device(tag, cpus))
 }
 
-const SHARE_KEYS: &[&str] =
-    &["path", "tag", "readonly", "cache", "owner", "writeback", "xattr", "posix-acl", "negative-timeout", "queues"];
+const SHARE_KEYS: &[&str] = &[
+    "path",
+    "tag",
+    "readonly",
+    "cache",
+    "owner",
+    "writeback",
+    "xattr",
+    "posix-acl",
+    "negative-timeout",
+    "limit-ops",
+    "limit-bytes",
+    "queues",
+];
 
 const DISK_KEYS: &[&str] = &[
     "path",
@@ -141,8 +155,8 @@ fn image_format(word: &str, text: &str) -> Result<ImageFormat> {
 }
 
 /// A mistake in one of a disk's values.
-fn about<T>(text: &str, read: Result<T>) -> Result<T> {
-    read.map_err(|error| crate::error::Usage(format!("--disk {text}: {error}")).into())
+fn about<T>(flag: &str, text: &str, read: Result<T>) -> Result<T> {
+    read.map_err(|error| crate::error::Usage(format!("{flag} {text}: {error}")).into())
 }
 
 fn console(text: &str, index: usize, dir: &Path) -> Result<Device> {
@@ -249,14 +263,16 @@ mod tests {
 
     #[test]
     fn a_share_in_flags_with_everything() {
-        let text = "path=d,tag=t,readonly,cache=never,owner=me=5,writeback,xattr,posix-acl,negative-timeout=3,queues=2";
+        let text = "path=d,tag=t,readonly,cache=never,owner=me=5,writeback,xattr,posix-acl,negative-timeout=3,limit-ops=9:20,\
+                    limit-bytes=1M,queues=2";
         let device = share(text, 0, Path::new("/w"), 4).unwrap();
         let Backend::Process(Program { args, share: Some(shared), .. }) = device.backend else { panic!("a share is a process") };
         assert_eq!((device.name.as_str(), device.queues, shared.path.as_path()), ("t", Some(3), Path::new("/w/d")));
         assert!(["--readonly", "--writeback", "--xattr", "--posix-acl"].into_iter().all(|word| args.contains(&word.into())));
         let words = |word: &str| args.iter().skip_while(|one| *one != word).nth(1).cloned();
-        let values = ["--owner-map", "--cache", "--negative-timeout"].map(|word| words(word).unwrap());
-        assert_eq!(values, ["me=5", "never", "3"]);
+        let values =
+            ["--owner-map", "--cache", "--negative-timeout", "--limit-ops", "--limit-bytes"].map(|word| words(word).unwrap());
+        assert_eq!(values, ["me=5", "never", "3", "9:20", "1048576"]);
         let error = |text: &str| share(text, 0, Path::new("/"), 1).unwrap_err().to_string();
         assert_eq!(error("readonly"), "--share readonly: A share needs path=PATH");
         assert_eq!(error("path=x,cache=some"), "--share path=x,cache=some: Unknown value `some`; see outboard run --help");

@@ -99,6 +99,13 @@ const fn key(name: &'static str, kind: Kind, about: &'static str, without: Witho
 
 const REQUIRED: Without = Without::Required;
 
+const LIMIT_OPS: Key = key("limit-ops", Kind::Number(1, u32::MAX), "most requests in a second", Without::Words("no limit"));
+const LIMIT_OPS_BURST: Key =
+    key("limit-ops-burst", Kind::Number(1, u32::MAX), "so many at once after a pause", Without::Words("a tenth of a second's"));
+const LIMIT_BYTES: Key = key("limit-bytes", Kind::Size, "most bytes in a second", Without::Words("no limit"));
+const LIMIT_BYTES_BURST: Key =
+    key("limit-bytes-burst", Kind::Size, "so many at once after a pause", Without::Words("a tenth of a second's"));
+
 /// All tables.
 pub const TABLES: [Table; 6] = [
     Table {
@@ -177,15 +184,10 @@ pub const TABLES: [Table; 6] = [
                 "who waits for the disk: io_uring where the host has it, or threads",
                 Without::Default("\"auto\""),
             ),
-            key("limit-ops", Kind::Number(1, u32::MAX), "most requests in a second", Without::Words("no limit")),
-            key(
-                "limit-ops-burst",
-                Kind::Number(1, u32::MAX),
-                "so many at once after a pause",
-                Without::Words("a tenth of a second's"),
-            ),
-            key("limit-bytes", Kind::Size, "most bytes in a second", Without::Words("no limit")),
-            key("limit-bytes-burst", Kind::Size, "so many at once after a pause", Without::Words("a tenth of a second's")),
+            LIMIT_OPS,
+            LIMIT_OPS_BURST,
+            LIMIT_BYTES,
+            LIMIT_BYTES_BURST,
             key(
                 "limit-group",
                 Kind::Text(Some(40)),
@@ -235,9 +237,13 @@ pub const TABLES: [Table; 6] = [
                 "for how many seconds the guest believes that something is not there",
                 Without::Words("it asks each time"),
             ),
+            LIMIT_OPS,
+            LIMIT_OPS_BURST,
+            LIMIT_BYTES,
+            LIMIT_BYTES_BURST,
             key("queues", Kind::Number(1, 16), "request queues, each with a thread", Without::Words("one for each processor")),
         ],
-        rules: &[],
+        rules: &[Rule::Needs("limit-ops-burst", "limit-ops"), Rule::Needs("limit-bytes-burst", "limit-bytes")],
     },
     Table {
         name: "rng",

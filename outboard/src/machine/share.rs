@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use super::disk::Limits;
 use super::{Backend, Class, Device, Program, Stdio};
 use crate::usage;
 
@@ -34,6 +35,8 @@ pub struct Share {
     pub posix_acl: bool,
     /// For how many seconds the guest believes that something is not there.
     pub negative_timeout: Option<u32>,
+    /// How much it may be used.
+    pub limits: Limits,
     /// Request queues.
     pub queues: Option<u16>,
 }
@@ -60,6 +63,11 @@ impl Share {
         if let Some(seconds) = self.negative_timeout {
             args.extend(["--negative-timeout".into(), seconds.to_string().into()]);
         }
+        for (word, rate) in [("--limit-ops", self.limits.operations), ("--limit-bytes", self.limits.bytes)] {
+            if rate.per_second != 0 {
+                args.extend([word.into(), rate.argument().into()]);
+            }
+        }
         let program =
             Program { name: "outboard-virtiofsd", args, stdio: Stdio::Nothing, disk: None, share: Some(Box::new(self)) };
         // One queue more for what must not wait.
@@ -78,6 +86,7 @@ pub fn check(share: &Share, device: &str) -> Result<()> {
     if device.len() > LONGEST_TAG {
         usage!("The name of the share `{device}` is its tag, which has at most {LONGEST_TAG} bytes");
     }
+    share.limits.check("share", device)?;
     share.owner.as_deref().map_or(Ok(()), check_owner)
 }
 

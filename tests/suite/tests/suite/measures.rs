@@ -61,23 +61,24 @@ fn a_bench_says_why_it_cannot_be() {
     }
 }
 
-/// Measures a share: what the probe says, and how many requests the server counted while it did.
-fn measured_share(words: &[&str]) -> (serde_json::Value, u64) {
+/// Measures a share that is served with `options`: what the probe says, and what the server counted (requests, waits for a limit).
+fn measured_share(options: &[&str], words: &[&str]) -> (serde_json::Value, [u64; 2]) {
     let scratch = Scratch::new();
     let folder = scratch.path("shared");
     std::fs::create_dir(&folder).unwrap();
     let counters = page::make().unwrap();
     rustix::io::fcntl_setfd(&counters, FdFlags::empty()).unwrap();
     let number = counters.as_raw_fd().to_string();
-    let shared = ["--shared-dir", folder.to_str().unwrap(), "--num-request-queues", "2", "--metrics-fd", &number];
+    let mut shared = vec!["--shared-dir", folder.to_str().unwrap(), "--num-request-queues", "2", "--metrics-fd", &number];
+    shared.extend(options);
     let server = Server::start("outboard-virtiofsd", &scratch, &shared);
     let mut probe = Command::new(program("outboard-probe"));
-    probe.args(["fs", "bench", "--json", "--seconds", "0.05"]).args(words).arg(&server.socket);
+    probe.args(["fs", "bench", "--json"]).args(words).arg(&server.socket);
     let ended = run(&mut probe);
     assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{words:?}");
     let counted = page::read(counters.as_fd());
-    let requests = counted.iter().find(|one| one.name == "virtiofsd_requests").map_or(0, |one| one.values.iter().sum());
-    (serde_json::from_str(&ended.out).unwrap(), requests)
+    let value = |name| counted.iter().find(|one| one.name == name).map_or(0, |one| one.values.iter().sum());
+    (serde_json::from_str(&ended.out).unwrap(), ["virtiofsd_requests", "virtiofsd_limited"].map(value))
 }
 
 #[test]
@@ -93,12 +94,27 @@ fn a_bench_of_a_share_counts_what_the_server_has_answered() {
         &["--load", "write", "--block-size", "512", "--no-event-idx", "--seed", "7"],
         &["--load", "nothing"],
     ] {
-        let (said, counted) = measured_share(words);
+        let words = [&["--seconds", "0.05"], words].concat();
+        let (said, [counted, limited]) = measured_share(&[], &words);
         let requests = said["requests"].as_u64().unwrap();
         // What no server knows is not carried out.
         let known = if words.contains(&"nothing") { 0 } else { requests };
-        assert!(requests > 0 && counted == known + BEFORE, "{words:?}: {counted} of {said}");
+        assert!(requests > 0 && counted == known + BEFORE && limited == 0, "{words:?}: {counted} of {said}");
         let [half, most, rate] = ["p50_us", "p99_us", "requests_per_second"].map(|name| said[name].as_f64().unwrap());
         assert!(0.0 < half && half <= most && rate > 0.0, "{words:?}: {said}");
     }
+}
+
+#[test]
+fn a_limited_share_keeps_to_its_rates() {
+    // What fills the file is a burst; half a second follows.
+    let (said, [_, limited]) = measured_share(&["--limit-ops", "1000:600"], &["--seconds", "0.5", "--depth", "8"]);
+    let requests = said["requests"].as_u64().unwrap();
+    assert!((300..=700).contains(&requests) && limited > 0, "1000 a second: {said}, {limited}");
+    let limits = ["--limit-bytes", "33554432:67108864"];
+    let (said, [_, limited]) = measured_share(&limits, &["--seconds", "0.5", "--load", "read", "--block-size", "65536"]);
+    let bytes = said["requests"].as_u64().unwrap() << 16;
+    assert!(((8 << 20)..=(24 << 20)).contains(&bytes) && limited > 0, "32 MiB a second: {said}, {limited}");
+    let (said, [_, limited]) = measured_share(&limits, &["--seconds", "0.1", "--depth", "8"]);
+    assert!(said["requests"].as_u64().unwrap() > 500 && limited == 0, "what moves no bytes is not limited by them: {said}");
 }

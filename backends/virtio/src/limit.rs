@@ -1,4 +1,4 @@
-//! Limits on how much a disk is used: operations and bytes in a second, each with a burst.
+//! Limits on how much a disk or a share is used: operations and bytes in a second, each with a burst.
 //!
 //! # Theory of operation
 //!
@@ -7,16 +7,18 @@
 //! burst lasts. What it costs is known only when it has been looked at, so it is admitted first and pays afterwards: the next one
 //! waits for it. (This is a token bucket with the tokens written as time.)
 //!
-//! The rates may change at any moment, from the control thread. A *group* of disks shares one set of these numbers, in memory that the
+//! The rates may change at any moment, from the control thread. A *group* of devices shares one set of these numbers, in memory that the
 //! composer gives to each of their processes (`--limit-fd`). The first of them sets the rates, and none that is started later sets them
-//! again. A process that is no longer ours can write there what it likes: the worst is that disks of its own group are slow, or
+//! again. A process that is no longer ours can write there what it likes: the worst is that devices of its own group are slow, or
 //! not limited.
 
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
-use virtio::words::Words;
+
+use crate::words::Words;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -30,6 +32,17 @@ pub struct Rate {
     pub per_second: u64,
     /// At once, after a pause; zero: as much as in a tenth of a second.
     pub burst: u64,
+}
+
+impl FromStr for Rate {
+    type Err = String;
+
+    /// `N`, or `N:BURST`.
+    fn from_str(text: &str) -> Result<Rate, String> {
+        let number = |text: &str| text.parse::<u64>().map_err(|_| format!("{text:?} is not a number"));
+        let (per_second, burst) = text.split_once(':').unwrap_or((text, "0"));
+        Ok(Rate { per_second: number(per_second)?, burst: number(burst)? })
+    }
 }
 
 /// One limit.
@@ -94,7 +107,7 @@ fn cost(amount: u64, per_second: u64) -> u64 {
     u64::try_from(u128::from(amount) * u128::from(SECOND) / u128::from(per_second.max(1))).unwrap_or(u64::MAX)
 }
 
-/// The limits of a disk, or of a group of them.
+/// The limits of a device, or of a group of them.
 #[derive(Debug, Default)]
 pub struct Limits {
     operations: Limit,
@@ -199,8 +212,8 @@ mod tests {
 
     #[test]
     fn a_group_is_limited_together_and_its_first_member_says_how() {
-        let file = virtio::words::make("limits").unwrap();
-        let member = || Limits::of_group(virtio::words::map(file.try_clone().unwrap()).unwrap());
+        let file = crate::words::make("limits").unwrap();
+        let member = || Limits::of_group(crate::words::map(file.try_clone().unwrap()).unwrap());
         let (one, other) = (member(), member());
         let (slow, fast) = (Rate { per_second: 10, burst: 1 }, Rate { per_second: 1000, burst: 1 });
         one.begin(slow, Rate::default());
