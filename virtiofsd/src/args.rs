@@ -43,6 +43,9 @@ const MAX_INODES: u32 = 4 << 20;
 /// As long as anybody could want.
 const FOR_EVER: Duration = Duration::from_secs(86400);
 
+/// As long as a change of the host may stay unseen, where changes are rare.
+const A_WHILE: Duration = Duration::from_secs(60);
+
 /// Shares a directory of this host with a virtual machine (virtio-fs over vhost-user).
 #[derive(Debug, Parser)]
 #[command(
@@ -71,6 +74,10 @@ pub struct Args {
     /// Seconds for which the guest believes that something is not there. Without it, it asks each time
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub negative_timeout: Option<Duration>,
+    /// Where this host changes something, the guest believes what it is told for a short time only; elsewhere for as long as --timeout
+    /// says (with --cache metadata or always: a minute, unless it says otherwise)
+    #[arg(long)]
+    pub watch: bool,
     /// Nothing can be changed
     #[arg(long)]
     pub readonly: bool,
@@ -313,6 +320,8 @@ pub struct Config {
     pub place: Place,
     /// With what is mounted in it.
     pub submounts: bool,
+    /// It is watched what the host changes there.
+    pub watch: bool,
     /// Its name.
     pub tag: Option<String>,
     /// How it is shared.
@@ -365,6 +374,7 @@ impl Config {
         Ok(Config {
             place,
             submounts: !args.no_submounts,
+            watch: args.watch,
             tag: args.tag.clone(),
             settings,
             owners: owners(args, several),
@@ -423,8 +433,11 @@ fn settings(args: &Args) -> Result<Settings> {
     let timeout = match cache {
         Cache::Never => Duration::ZERO,
         Cache::Auto => Duration::from_secs(1),
+        // What was told already stays believed, whatever changes then.
+        Cache::Metadata | Cache::Always if args.watch => A_WHILE,
         Cache::Metadata | Cache::Always => FOR_EVER,
     };
+    ensure!(!(args.watch && cache == Cache::Never), "--watch needs a guest that keeps something: not with --cache never");
     ensure!(!(args.writeback && cache == Cache::Never), "--writeback needs a guest that keeps data: not with --cache never");
     let posix_acl = matches!(args.posix_acl, Some(Choice::Always | Choice::Auto));
     Ok(Settings {

@@ -66,6 +66,10 @@ impl Fs {
             let share = Arc::clone(&share);
             start(pool, "locks".to_owned(), Box::new(move |thread| share.waiting.work(&share, thread)))?;
         }
+        if config.watch {
+            let share = Arc::clone(&share);
+            start(pool, "watch".to_owned(), Box::new(move |_thread| share.watch()))?;
+        }
         let mut workers = Vec::new();
         for index in 0..=config.queues {
             let (worker, mailbox) = Worker::new()?;

@@ -26,6 +26,7 @@ use crate::request::{Dialect, Operation, Request};
 use crate::tree::Tree;
 use crate::tree::node::Kind;
 use crate::waiting::Waiting;
+use crate::watch::Watch;
 
 mod change;
 mod dir;
@@ -100,6 +101,8 @@ pub struct Share {
     offers: u64,
     pub(crate) magic: Magic,
     pub(crate) locks: Owned,
+    /// What tells where the host changes something.
+    pub(crate) watch: Option<Watch>,
     /// How much it may be used.
     pub(crate) limits: Limits,
     /// Who waits for a lock.
@@ -211,10 +214,23 @@ const EMPTY: Done = Done::Answer(0);
 
 impl Share {
     /// A share of what `root` refers to.
-    pub(crate) fn new(tree: Tree, magic: Magic, session: Session, settings: Settings, owners: Owners) -> Share {
+    pub(crate) fn new(
+        tree: Tree,
+        (magic, watch): (Magic, Option<Watch>),
+        session: Session,
+        settings: Settings,
+        owners: Owners,
+    ) -> Share {
         let (locks, limits, waiting) = (Owned::default(), Limits::default(), Waiting::default());
         let offers = session::offers(&settings);
-        Share { tree, settings, owners, session, offers, magic, locks, limits, waiting }
+        Share { tree, settings, owners, session, offers, magic, watch, locks, limits, waiting }
+    }
+
+    /// Watches what the host changes, for as long as the process lives.
+    pub fn watch(&self) {
+        if let Some(watch) = &self.watch {
+            watch.work();
+        }
     }
 
     /// How requests of this session are to be read.
@@ -317,8 +333,26 @@ impl Share {
         }
     }
 
-    pub(crate) fn timeouts(&self) -> Timeouts {
-        Timeouts { entry: self.settings.timeout, attr: self.settings.timeout }
+    /// How long the host has changed nothing in a directory, as far as that is watched.
+    fn quiet(&self, dir: u64) -> Duration {
+        let watch = self.watch.as_ref();
+        watch.map_or(Duration::MAX, |watch| watch.quiet(dir, &self.magic, || self.tree.fd(dir).ok()))
+    }
+
+    /// How long the guest is to believe what it is told of a file and its name, in a directory.
+    pub(crate) fn timeouts(&self, dir: u64, node: u64) -> Timeouts {
+        let entry = self.settings.timeout.min(self.quiet(dir));
+        // What is known of a directory changes with what is in it.
+        let attr = self.watch.as_ref().map_or(entry, |watch| entry.min(watch.quiet_if_known(node)));
+        Timeouts { entry, attr }
+    }
+
+    /// How long it is to believe what it is told of a file.
+    pub(crate) fn timeout(&self, node: u64) -> Duration {
+        if self.watch.is_none() {
+            return self.settings.timeout;
+        }
+        self.timeouts(self.tree.parent(node), node).attr
     }
 
     pub(crate) fn is_directory(&self, node: u64) -> bool {

@@ -59,3 +59,4 @@ pub mod share;
 mod sys;
 mod tree;
 pub mod waiting;
+mod watch;

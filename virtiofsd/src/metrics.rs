@@ -14,6 +14,8 @@ pub static HANDED_ON: Counter = Counter::new();
 pub static READ_BYTES: Counter = Counter::new();
 /// Bytes written.
 pub static WRITTEN_BYTES: Counter = Counter::new();
+/// Reports of changes that others made in directories that are watched.
+pub static CHANGES: Counter = Counter::new();
 /// Times that a queue waited for its limits.
 pub static LIMITED: Counter = Counter::new();
 /// Messages that were no request.
@@ -64,12 +66,13 @@ pub fn times(number: u32) -> &'static Histogram {
 }
 
 /// All counters, with their names and what they count.
-pub const ALL: [(&str, &Counter, &str); 7] = [
+pub const ALL: [(&str, &Counter, &str); 8] = [
     ("virtiofsd_requests", &REQUESTS, "Requests that were carried out, or tried"),
     ("virtiofsd_errors", &ERRORS, "Requests answered with an error of the file system"),
     ("virtiofsd_handed_on", &HANDED_ON, "Requests that might have had to wait, and went to another thread"),
     ("virtiofsd_read_bytes", &READ_BYTES, "Bytes read"),
     ("virtiofsd_written_bytes", &WRITTEN_BYTES, "Bytes written"),
     ("virtiofsd_limited", &LIMITED, "Times that a queue waited for a limit"),
+    ("virtiofsd_host_changes", &CHANGES, "Reports of changes that this host made in directories that are watched"),
     ("virtiofsd_bad_requests", &BAD_REQUESTS, "Messages that were no request"),
 ];

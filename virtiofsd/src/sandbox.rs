@@ -102,6 +102,8 @@ const FILES: &[Rule] = &[
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::SET_FLAGS)], "flags of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::GET_MORE)], "flags and project of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::SET_MORE)], "flags and project of a file"),
+    allow_if(libc::SYS_name_to_handle_at, BELOW, "telling directories apart that are watched"),
+    allow_if(libc::SYS_fanotify_mark, &[When::Not(3, HERE)], "watching directories"),
     allow(libc::SYS_umask, "what a guest's user does not want new files to have"),
     allow(libc::SYS_munmap, "guest memory that is given up, by whoever had it last"),
 ];
@@ -119,7 +121,7 @@ const USERS: &[Rule] = &[
 /// The process reaches its share and nothing else.
 pub const POLICY: Policy = Policy {
     name: "outboard-virtiofsd",
-    limits: Limits { descriptors: OWN_DESCRIPTORS, threads: MAX_QUEUES as u64 + MAX_POOL as u64 + 4 },
+    limits: Limits { descriptors: OWN_DESCRIPTORS, threads: MAX_QUEUES as u64 + MAX_POOL as u64 + 5 },
     capabilities: OF_MANY,
     control: &[RUNTIME, PROTOCOL],
     threads: &[

@@ -11,6 +11,7 @@ use crate::args::{Config, Place};
 use crate::fs::{Session, Share};
 use crate::magic::Magic;
 use crate::tree::{Budget, Tree};
+use crate::watch::Watch;
 
 /// A share that was taken out of the tree it is in.
 #[derive(Debug)]
@@ -18,6 +19,7 @@ pub struct Opened {
     root: OwnedFd,
     one_mount: bool,
     magic: Magic,
+    watch: Option<Watch>,
 }
 
 impl Opened {
@@ -39,7 +41,9 @@ impl Opened {
         if !matches!(kind, FileType::Directory | FileType::RegularFile) {
             bail!("Cannot share {}: it is neither a directory nor a file", config.place);
         }
-        Ok(Opened { root, one_mount, magic: Magic::open()? })
+        let watch = config.watch.then(Watch::new).transpose();
+        let watch = watch.context("Cannot watch what this host changes: the kernel was built without fanotify, or /proc/sys/fs/fanotify/max_user_groups is used up")?;
+        Ok(Opened { root, one_mount, magic: Magic::open()?, watch })
     }
 
     /// What stays within reach.
@@ -66,6 +70,6 @@ impl Opened {
         };
         let tree =
             Tree::new(self.root, budget, self.one_mount, bytes.map(u64::from_ne_bytes)).context("Cannot look at the share")?;
-        Ok(Share::new(tree, self.magic, session, config.settings.clone(), config.owners.clone()))
+        Ok(Share::new(tree, (self.magic, self.watch), session, config.settings.clone(), config.owners.clone()))
     }
 }

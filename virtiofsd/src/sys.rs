@@ -6,7 +6,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
@@ -86,6 +86,84 @@ pub(crate) fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Re
     let (fd, path) = (dir.as_raw_fd(), path.as_ptr());
     // SAFETY: both strings end in NUL.
     check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, 0, name.as_ptr()) }).map(drop)
+}
+
+/// What a file system calls a file, whatever its names.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FileHandle(Box<[u8]>);
+
+impl FileHandle {
+    /// Of so many bytes that a file system understands, in the way of this kind. None if they are too many for any.
+    pub(crate) fn new(kind: i32, bytes: &[u8]) -> Option<FileHandle> {
+        (bytes.len() <= HANDLE).then(|| FileHandle([&kind.to_ne_bytes(), bytes].concat().into()))
+    }
+}
+
+/// Bytes of the longest handle (`MAX_HANDLE_SZ`).
+const HANDLE: usize = 128;
+
+/// `AT_HANDLE_FID`: it is to tell files apart, not to open one. Since Linux 6.5.
+const TO_TELL_APART: i32 = 0x200;
+
+/// The handle of what a descriptor refers to.
+///
+/// # Errors
+/// `EOPNOTSUPP` if the file system has none.
+pub(crate) fn file_handle(file: BorrowedFd<'_>) -> Result<FileHandle, Errno> {
+    #[repr(C)]
+    struct Room {
+        bytes: u32,
+        kind: i32,
+        handle: [u8; HANDLE],
+    }
+    let mut room = Room { bytes: 0, kind: 0, handle: [0; HANDLE] };
+    let mut mount = 0_i32;
+    let mut ask = |flags: i32| {
+        room.bytes = 128;
+        let call = libc::SYS_name_to_handle_at;
+        // SAFETY: the path is a constant; the kernel writes the mount's number, and at most as many bytes of a handle as `room` says
+        // that it has, which it has.
+        check(unsafe { libc::syscall(call, file.as_raw_fd(), c"".as_ptr(), &raw mut room, &raw mut mount, flags) })
+    };
+    if ask(libc::AT_EMPTY_PATH | TO_TELL_APART) == Err(Errno::INVAL) {
+        ask(libc::AT_EMPTY_PATH)?;
+    }
+    let len = usize::try_from(room.bytes).map_err(|_| Errno::OVERFLOW)?;
+    FileHandle::new(room.kind, room.handle.get(..len).ok_or(Errno::OVERFLOW)?).ok_or(Errno::OVERFLOW)
+}
+
+/// A place where the kernel reports changes of files, as the handles of the directories they are in.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn fanotify() -> Result<OwnedFd, Errno> {
+    let flags = libc::FAN_CLASS_NOTIF | libc::FAN_CLOEXEC | libc::FAN_REPORT_DIR_FID;
+    // SAFETY: takes numbers.
+    let fd = check(unsafe { libc::syscall(libc::SYS_fanotify_init, flags, libc::O_RDONLY) })?;
+    let fd = i32::try_from(fd).map_err(|_| Errno::BADF)?;
+    // SAFETY: the kernel has just made it, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Has changes of what a name leads to reported. A magic link is followed.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn watch(group: BorrowedFd<'_>, dir: BorrowedFd<'_>, path: &CStr, changes: u64) -> Result<(), Errno> {
+    let (group, flags, dir) = (group.as_raw_fd(), libc::FAN_MARK_ADD | libc::FAN_MARK_ONLYDIR, dir.as_raw_fd());
+    // SAFETY: the path ends in NUL, the rest are numbers.
+    check(unsafe { libc::syscall(libc::SYS_fanotify_mark, group, flags, changes, dir, path.as_ptr()) }).map(drop)
+}
+
+/// Has nothing reported any more.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn unwatch_all(group: BorrowedFd<'_>) -> Result<(), Errno> {
+    let nothing = std::ptr::null::<libc::c_char>();
+    // SAFETY: takes numbers; there is no path, and none is asked for.
+    check(unsafe { libc::syscall(libc::SYS_fanotify_mark, group.as_raw_fd(), libc::FAN_MARK_FLUSH, 0_u64, -1, nothing) })
+        .map(drop)
 }
 
 /// What to do with a lock of an open file.

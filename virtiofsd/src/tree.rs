@@ -294,6 +294,11 @@ impl Tree {
         self.with(id, |node| node.kind).unwrap_or(Ok(self.root.kind))
     }
 
+    /// The directory in which an inode was found. The share itself is its own.
+    pub(crate) fn parent(&self, id: u64) -> u64 {
+        self.with(id, |node| node.parent).and_then(Result::ok).unwrap_or(ROOT)
+    }
+
     /// The mount that an inode is on.
     pub(crate) fn mount(&self, id: u64) -> Result<u16, Errno> {
         self.with(id, |node| node.identity.mount).unwrap_or(Ok(self.root.mount))

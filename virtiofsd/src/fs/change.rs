@@ -34,7 +34,7 @@ impl Share {
             utimensat(&fd, c"", &times, AtFlags::EMPTY_PATH)?;
         }
         let stat = look(&fd, c"")?;
-        io.answer(&reply::attr(&self.attributes(&stat, false), self.settings.timeout))
+        io.answer(&reply::attr(&self.attributes(&stat, false), self.timeout(node)))
     }
 
     fn change_mode(&self, node: u64, fd: &std::os::fd::OwnedFd, mode: u32) -> Result<(), Errno> {

@@ -20,7 +20,7 @@ impl Share {
         match self.enter(dir, &fd, name) {
             Ok(entry) => io.answer(&entry),
             Err(Errno::NOENT) => match self.settings.negative_timeout {
-                Some(timeout) => io.answer(&reply::negative(timeout)),
+                Some(timeout) => io.answer(&reply::negative(timeout.min(self.quiet(dir)))),
                 None => Err(Errno::NOENT),
             },
             Err(errno) => Err(errno),
@@ -41,7 +41,7 @@ impl Share {
             return Err(Errno::XDEV);
         }
         let node = self.tree.refer(found)?;
-        Ok(reply::entry(node, 0, &self.attributes(stat, crossed), self.timeouts()))
+        Ok(reply::entry(node, 0, &self.attributes(stat, crossed), self.timeouts(found.parent, node)))
     }
 
     /// Looks at an inode.
@@ -68,7 +68,7 @@ impl Share {
 
     pub(super) fn get_attr(&self, node: u64, handle: Option<u64>, io: Io<'_>) -> Outcome {
         let stat = self.stat_by(node, handle)?;
-        io.answer(&reply::attr(&self.attributes(&stat, false), self.settings.timeout))
+        io.answer(&reply::attr(&self.attributes(&stat, false), self.timeout(node)))
     }
 
     pub(super) fn statx(&self, node: u64, handle: Option<u64>, io: Io<'_>) -> Outcome {
@@ -94,7 +94,7 @@ impl Share {
             rdev: (stat.stx_rdev_major, stat.stx_rdev_minor),
             dev: (0, 0),
         };
-        io.answer(&reply::statx(&all, self.settings.timeout))
+        io.answer(&reply::statx(&all, self.timeout(node)))
     }
 
     pub(super) fn read_link(&self, node: u64, io: Io<'_>) -> Outcome {

@@ -161,7 +161,7 @@ impl Share {
         let identity = self.tree.identify_open(&stat, &file)?;
         let copy = rustix::io::fcntl_dupfd_cloexec(&file, 3)?;
         let node = self.tree.refer_nameless(identity, request.node, copy)?;
-        let entry = reply::entry(node, 0, &self.attributes(&stat, false), self.timeouts());
+        let entry = reply::entry(node, 0, &self.attributes(&stat, false), self.timeouts(request.node, node));
         self.hand_out(&entry, Opened { file, stat, flags }, io)
     }
 

@@ -29,6 +29,7 @@ mod owners;
 mod posix;
 mod programs;
 mod room;
+mod watched;
 
 use mounted::{Mounted, can_mount, is_mounted, random, serve};
 

@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, statvfs};
 use rustix::io::Errno;
@@ -65,6 +67,12 @@ fn a_full_file_system() {
         assert_eq!(fallocate(&file, FallocateFlags::empty(), 0, 8 << 20), Err(Errno::NOSPC));
         drop(file);
         fs::remove_file(&here).unwrap();
+        // That the file is closed, too, the guest tells a moment later.
+        let began = Instant::now();
+        while statvfs(&mounted.house).unwrap().f_bfree < about.f_blocks / 2 {
+            assert!(began.elapsed() < Duration::from_secs(10), "{words:?}: the room is not given back");
+            sleep(Duration::from_millis(5));
+        }
         fs::write(mounted.seen.join("again"), vec![1; 1 << 20]).unwrap();
         assert_eq!(fs::read(mounted.seen.join("again")).unwrap(), vec![1; 1 << 20], "{words:?}");
         let made: Vec<_> = (0..60).map(|number| fs::create_dir(mounted.seen.join(format!("folder-{number}")))).collect();
