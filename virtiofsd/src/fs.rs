@@ -76,6 +76,13 @@ pub struct Settings {
     pub preserve_noatime: bool,
 }
 
+impl Settings {
+    /// Whether a guest need not open files: nothing depends on how it would, and it would keep their data in any case.
+    fn opens_nothing(&self) -> bool {
+        self.cache == Cache::Always && self.read_only && !self.allow_direct_io && !self.locks
+    }
+}
+
 /// What a guest keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cache {

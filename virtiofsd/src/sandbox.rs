@@ -9,6 +9,7 @@ use sandbox::{GETXATTRAT, LISTXATTRAT, REMOVEXATTRAT, SETXATTRAT};
 
 use crate::args::{MAX_POOL, MAX_QUEUES};
 use crate::fs::ioctl as commands;
+use crate::tree::handle::KEPT;
 
 /// The role of the threads that serve queues.
 pub const QUEUE: &str = "queue";
@@ -25,8 +26,8 @@ pub const POOL_OF_MANY: &str = "slow of many users";
 /// Descriptors of each queue: two ends of a bell, one of outcomes, three of the ring, and one to spare.
 const PER_QUEUE: u64 = 7;
 
-/// Standard streams, sockets, signals, the share, and those that come with messages.
-const FIXED: u64 = 32 + 64;
+/// Standard streams, sockets, signals, the share, those that come with messages, and files of a guest that does not open them.
+const FIXED: u64 = 32 + 64 + KEPT as u64;
 
 /// Descriptors besides those of files.
 pub const OWN_DESCRIPTORS: u64 = FIXED + PER_QUEUE * (MAX_QUEUES as u64 + 1) + MAX_POOL as u64;

@@ -2,8 +2,8 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{
     FallocateFlags, OFlags, SeekFrom, Statx, copy_file_range, fallocate, fdatasync, fsync, ftruncate, seek, syncfs,
@@ -68,11 +68,36 @@ impl Share {
     }
 
     pub(super) fn open(&self, thread: &mut Thread, node: u64, (flags, more): (u32, u32), io: Io<'_>) -> Outcome {
+        if self.agreed(init::NO_OPEN_SUPPORT) {
+            // From now on the guest does not ask.
+            return Err(Errno::NOSYS);
+        }
         let opened = self.open_file(thread, node, flags, more)?;
         io.answer(&self.register(node, opened)?)
     }
 
+    /// The open file that a request is about: that of its number; or, of a guest that does not open files, one without.
+    pub(super) fn file(&self, node: u64, number: u64) -> Result<Arc<Handle>, Errno> {
+        if number != 0 || !self.agreed(init::NO_OPEN_SUPPORT) {
+            return self.tree.handles.get(number, node);
+        }
+        if let Some(kept) = self.tree.handles.kept(node) {
+            return Ok(kept);
+        }
+        let opened = self.open_regular(node, OFlags::RDONLY.bits())?;
+        Ok(self.tree.handles.keep(self.handle(node, opened)))
+    }
+
     pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32, more: u32) -> Result<Opened, Errno> {
+        let opened = self.open_regular(node, flags)?;
+        if flags.cast_signed() & libc::O_TRUNC != 0 {
+            let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && more & flag::OPEN_KILL_SUIDGID == 0;
+            thread.credentials.keeping_ids_if(keep, || ftruncate(&opened.file, 0))?;
+        }
+        Ok(opened)
+    }
+
+    fn open_regular(&self, node: u64, flags: u32) -> Result<Opened, Errno> {
         // Opening a device or a pipe does something; what the guest wants with one it does by itself.
         match self.tree.kind(node)? {
             Kind::REGULAR => {}
@@ -85,29 +110,30 @@ impl Share {
         if Kind::of(stat.stx_mode) != Kind::REGULAR {
             return Err(Errno::STALE);
         }
-        if flags.cast_signed() & libc::O_TRUNC != 0 {
-            let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && more & flag::OPEN_KILL_SUIDGID == 0;
-            thread.credentials.keeping_ids_if(keep, || ftruncate(&file, 0))?;
-        }
         Ok(Opened { file, stat, flags })
     }
 
     /// Gives an open file a number, and says how the guest is to treat it.
     pub(super) fn register(&self, node: u64, opened: Opened) -> Result<[u8; 16], Errno> {
-        let Opened { file, stat, flags } = opened;
-        let asked = OFlags::from_bits_retain(flags);
-        let direct = self.settings.allow_direct_io && asked.contains(OFlags::DIRECT);
-        let slow = self.is_slow(node);
-        let handle = Handle {
-            file,
+        let direct = self.is_direct(OFlags::from_bits_retain(opened.flags));
+        let number = self.tree.handles.insert(self.handle(node, opened))?;
+        Ok(reply::open(number, self.open_flags(direct, self.is_slow(node))))
+    }
+
+    fn is_direct(&self, asked: OFlags) -> bool {
+        self.settings.allow_direct_io && asked.contains(OFlags::DIRECT)
+    }
+
+    fn handle(&self, node: u64, opened: Opened) -> Handle {
+        let asked = OFlags::from_bits_retain(opened.flags);
+        Handle {
+            file: opened.file,
             node,
             cursor: None,
-            privileged: AtomicBool::new(u32::from(stat.stx_mode) & PRIVILEGED != 0),
+            privileged: AtomicBool::new(u32::from(opened.stat.stx_mode) & PRIVILEGED != 0),
             patient: AtomicBool::new(false),
-            slow: slow || direct || asked.intersects(OFlags::SYNC | OFlags::DSYNC),
-        };
-        let number = self.tree.handles.insert(handle)?;
-        Ok(reply::open(number, self.open_flags(direct, slow)))
+            slow: self.is_slow(node) || self.is_direct(asked) || asked.intersects(OFlags::SYNC | OFlags::DSYNC),
+        }
     }
 
     fn open_flags(&self, direct: bool, slow: bool) -> u32 {
@@ -127,7 +153,7 @@ impl Share {
     }
 
     pub(super) fn read(&self, (node, number): (u64, u64), offset: u64, size: u32, io: Io<'_>) -> Outcome {
-        let handle = self.tree.handles.get(number, node)?;
+        let handle = self.file(node, number)?;
         if !io.patient && (handle.slow || (size > SHORT && !io.at_length)) {
             return Ok(Done::Slow);
         }
@@ -194,6 +220,9 @@ impl Share {
     }
 
     pub(super) fn flush(&self, (node, handle): (u64, u64), owner: u64, io: Io<'_>) -> Outcome {
+        if handle == 0 && self.agreed(init::NO_OPEN_SUPPORT) {
+            return Err(Errno::NOSYS);
+        }
         let handle = self.tree.handles.get(handle, node)?;
         if self.settings.locks && self.locks.give_up(node, owner) {
             self.waiting.look_again();
@@ -215,7 +244,7 @@ impl Share {
             return Ok(Done::Slow);
         }
         let done = |file: &OwnedFd| if data_only { fdatasync(file) } else { fsync(file) };
-        match self.tree.handles.get(handle, node) {
+        match self.file(node, handle) {
             Ok(handle) => done(&handle.file)?,
             // Where directories are not opened, there is no handle.
             Err(_) if handle == 0 && self.is_directory(node) => done(&self.reopen(node, OFlags::RDONLY)?)?,
@@ -243,7 +272,7 @@ impl Share {
     }
 
     pub(super) fn seek(&self, node: u64, handle: u64, offset: u64, whence: u32, io: Io<'_>) -> Outcome {
-        let handle = self.tree.handles.get(handle, node)?;
+        let handle = self.file(node, handle)?;
         let signed = i64::try_from(offset).map_err(|_| Errno::INVAL);
         let to = match whence.cast_signed() {
             libc::SEEK_DATA => SeekFrom::Data(offset),

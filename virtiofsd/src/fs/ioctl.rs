@@ -43,7 +43,7 @@ impl Share {
         buffer.get_mut(..given.len()).unwrap_or_default().copy_from_slice(given);
         let opened;
         let open;
-        let file = match self.tree.handles.get(handle, node) {
+        let file = match self.file(node, handle) {
             Ok(handle) => {
                 open = handle;
                 open.file.as_fd()

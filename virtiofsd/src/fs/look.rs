@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{Statx, StatxFlags, readlinkat_raw};
 use rustix::io::Errno;
 
+use crate::abi::init;
 use crate::fs::{EMPTY, Io, Outcome, Share};
 use crate::reply;
 use crate::request::{Name, Request};
@@ -61,8 +62,10 @@ impl Share {
 
     fn stat_by(&self, node: u64, handle: Option<u64>) -> Result<Statx, Errno> {
         match handle {
-            Some(handle) => look(&self.tree.handles.get(handle, node)?.file, c""),
-            None => self.stat(node),
+            Some(handle) if handle != 0 || !self.agreed(init::NO_OPEN_SUPPORT) => {
+                look(&self.tree.handles.get(handle, node)?.file, c"")
+            }
+            _ => self.stat(node),
         }
     }
 

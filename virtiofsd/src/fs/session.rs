@@ -75,7 +75,6 @@ pub(super) fn offers(settings: &Settings) -> u64 {
         | init::BIG_WRITES
         | init::AUTO_INVAL_DATA
         | init::ASYNC_DIO
-        | init::ATOMIC_O_TRUNC
         | init::MAX_PAGES
         | init::INIT_EXT
         | init::CREATE_SUPP_GROUP
@@ -89,5 +88,7 @@ pub(super) fn offers(settings: &Settings) -> u64 {
         | when(settings.locks, init::POSIX_LOCKS | init::FLOCK_LOCKS)
         | when(settings.allow_mmap, init::DIRECT_IO_ALLOW_MMAP)
         | when(settings.cache == Cache::Always, init::NO_OPENDIR_SUPPORT)
+        // Who does not open a file cannot empty it by that: then it asks for it, and hears that nothing is changed here.
+        | if settings.opens_nothing() { init::NO_OPEN_SUPPORT } else { init::ATOMIC_O_TRUNC }
         | when(matches!(settings.cache, Cache::Always | Cache::Metadata), init::CACHE_SYMLINKS)
 }

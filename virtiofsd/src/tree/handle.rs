@@ -12,6 +12,9 @@ const SHARDS: u64 = 16;
 const SHARD_BITS: u32 = 4;
 const PLACE_BITS: u32 = 28;
 
+/// Files that are open because a guest read them that does not open files.
+pub(crate) const KEPT: usize = 32;
+
 /// An open file or directory.
 #[derive(Debug)]
 pub(crate) struct Handle {
@@ -35,12 +38,14 @@ pub(crate) struct Handles {
     shards: Box<[Mutex<Slots<Arc<Handle>>>]>,
     count: AtomicU32,
     most: u32,
+    /// Each in the place that its inode's number gives it, until another comes there.
+    kept: [Mutex<Option<Arc<Handle>>>; KEPT],
 }
 
 impl Handles {
     pub(crate) fn new(epoch: u32, most: u32) -> Handles {
         let shards = (0..SHARDS).map(|_| Mutex::new(Slots::new(epoch))).collect();
-        Handles { shards, count: AtomicU32::new(0), most }
+        Handles { shards, count: AtomicU32::new(0), most, kept: [const { Mutex::new(None) }; KEPT] }
     }
 
     /// A number for a handle.
@@ -81,7 +86,29 @@ impl Handles {
         Ok(removed)
     }
 
+    /// A file of this inode that has no number, if there is one.
+    pub(crate) fn kept(&self, node: u64) -> Option<Arc<Handle>> {
+        self.place(node).as_ref().filter(|handle| handle.node == node).map(Arc::clone)
+    }
+
+    /// Keeps a file for a while, without a number.
+    pub(crate) fn keep(&self, handle: Handle) -> Arc<Handle> {
+        let handle = Arc::new(handle);
+        let _closed_unlocked = self.place(handle.node).replace(Arc::clone(&handle));
+        handle
+    }
+
+    fn place(&self, node: u64) -> MutexGuard<'_, Option<Arc<Handle>>> {
+        // Shard and place of an inode are in the lower bits of its number.
+        let index = usize::try_from((node ^ (node >> 6)) % KEPT as u64).unwrap_or_default();
+        #[expect(clippy::indexing_slicing, reason = "there are as many as the remainder may be")]
+        self.kept[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn clear(&self) {
+        for place in &self.kept {
+            place.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
         for shard in &self.shards {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             let removed = shard.len();

@@ -1,16 +1,19 @@
 //! What each option of our server does, as far as no other test is about it.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
+use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::Value;
 use suite::virtiofsd::Whose;
 use suite::{Scratch, program, run};
+use virtio::metrics::page;
 
 use super::mounted::{Mounted, can_mount, serve};
 
@@ -28,7 +31,7 @@ fn offered(words: &[&str]) -> (Vec<String>, u64) {
 fn a_guest_is_offered_what_was_asked_for() {
     let plain = offered(&["--thread-pool-size", "1", "--poll-limit", "0"]);
     assert_eq!(plain.1, 1);
-    let cases: [(&[&str], &str, bool); 11] = [
+    let cases: [(&[&str], &str, bool); 12] = [
         (&["--no-readdirplus"], "DO_READDIRPLUS", false),
         (&["--no-announce-submounts"], "SUBMOUNTS", false),
         (&["--no-announce-submounts", "--announce-submounts"], "SUBMOUNTS", true),
@@ -40,6 +43,7 @@ fn a_guest_is_offered_what_was_asked_for() {
         (&["--allow-mmap", "--cache", "never"], "DIRECT_IO_ALLOW_MMAP", true),
         (&["--locks", "host"], "POSIX_LOCKS", true),
         (&["--cache", "always"], "NO_OPENDIR_SUPPORT", true),
+        (&["--cache", "always", "--readonly"], "NO_OPEN_SUPPORT", true),
     ];
     for (words, flag, expected) in cases {
         let has = |flags: &[String]| flags.iter().any(|one| one == flag);
@@ -52,7 +56,55 @@ fn a_guest_is_offered_what_was_asked_for() {
         ];
         assert_eq!(has(&plain.0) == expected, usual.contains(&words), "{words:?}");
     }
+    for words in [&["--cache", "always"][..], &["--readonly"], &["--cache", "always", "--readonly", "--locks", "host"]] {
+        assert!(!offered(words).0.contains(&"NO_OPEN_SUPPORT".to_owned()), "{words:?}");
+    }
     assert_eq!(offered(&["--num-request-queues", "3"]).1, 3);
+}
+
+#[test]
+fn files_that_are_only_read_and_kept_need_not_be_opened() {
+    if !can_mount("files that are not opened") {
+        return;
+    }
+    const FILES: usize = 200;
+    let counters = page::make().unwrap();
+    fcntl_setfd(&counters, FdFlags::empty()).unwrap();
+    let number = counters.as_raw_fd().to_string();
+    let mut mounted = Mounted::ours(&["--readonly", "--cache", "always", "--metrics-fd", &number], &[]);
+    let requests = || {
+        let counted = page::read(counters.as_fd());
+        counted.iter().find(|one| one.name == "virtiofsd_requests").map_or(0, |one| one.values.iter().sum::<u64>())
+    };
+    let content = |number: usize| format!("{number} ").repeat(1 + number).into_bytes();
+    for number in 0..FILES {
+        fs::write(mounted.house.join(number.to_string()), content(number)).unwrap();
+    }
+    // The first file tells the guest that it need not open any, and that what it would tell at the end nobody wants to hear.
+    assert_eq!(fs::read(mounted.seen.join("0")).unwrap(), content(0));
+    let before = requests();
+    for number in 1..FILES {
+        // To read all of it, the library would ask for the time of birth, too.
+        let mut bytes = [0; 4096];
+        let len = File::open(mounted.seen.join(number.to_string())).unwrap().read(&mut bytes).unwrap();
+        assert_eq!(bytes[..len], content(number), "{number}");
+    }
+    let each = (requests() - before) as f64 / FILES as f64;
+    assert!(each < 2.5, "a lookup and a read, not {each}");
+    let file = File::open(mounted.seen.join("7")).unwrap();
+    assert_eq!(rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(0)), Ok(content(7).len() as u64));
+    file.sync_all().unwrap();
+    assert_eq!(file.metadata().unwrap().len(), content(7).len() as u64);
+    assert!(File::open(mounted.seen.join("none")).is_err());
+    drop(file);
+    let refused = |done: std::io::Result<()>| done.unwrap_err().raw_os_error() == Some(libc::EROFS);
+    assert!(refused(File::create(mounted.seen.join("7")).map(drop)), "it cannot be emptied");
+    // Nobody is asked when it is opened, so the error comes with the first byte.
+    let mut file = OpenOptions::new().append(true).open(mounted.seen.join("7")).unwrap();
+    assert!(refused(file.write_all(b"x")));
+    assert_eq!(fs::read(mounted.house.join("7")).unwrap(), content(7));
+    drop(file);
+    mounted.unmount();
 }
 
 #[test]
