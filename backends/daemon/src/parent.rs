@@ -132,7 +132,9 @@ fn give_up() -> Result<()> {
     }
     rustix::thread::set_no_new_privs(true).context("Cannot give up new privileges")?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).context("Cannot refuse to be traced")?;
-    Ok(Filter::new(&[RULES])?.install()?)
+    let filter = Filter::new(&[RULES])?;
+    sandbox::leave_start_behind();
+    Ok(filter.install()?)
 }
 
 fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>, mut door: Option<&mut Door>) -> Result<u8> {

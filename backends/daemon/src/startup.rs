@@ -313,6 +313,7 @@ impl Confined {
     /// # Errors
     /// What `body` returns.
     pub fn run<T>(self, body: impl FnOnce(BorrowedFd<'_>) -> Result<T>) -> Result<T> {
+        sandbox::leave_start_behind();
         self.control.install()?;
         body(self.stop.either.as_fd())
     }
@@ -325,6 +326,7 @@ impl Confined {
     pub fn serve(self, mut each: impl FnMut(UnixStream, BorrowedFd<'_>) -> Result<()>) -> Result<u8> {
         let Confined { endpoint, ready, control, stop, .. } = self;
         let endpoint = endpoint.context("There is no socket to serve")?;
+        sandbox::leave_start_behind();
         control.install()?;
         if let Some(parent) = ready {
             let _without_it_nobody_comes = rustix::io::write(&parent, &1u64.to_ne_bytes());

@@ -47,7 +47,9 @@ pub use names::{GETXATTRAT, LISTXATTRAT, REMOVEXATTRAT, SETXATTRAT, name};
 pub use reach::{Access, Reach};
 pub use share::{Detach, Detached, detach};
 pub use spawn::{Child, NetNamespace, Spawn, spawn};
-pub use sys::{SECURE_ERASE, close_all_but, exit, inherited, lock_file, one_heap, plain_faults, secure_erase, signal_fd};
+pub use sys::{
+    SECURE_ERASE, close_all_but, exit, inherited, leave_start_behind, lock_file, one_heap, plain_faults, secure_erase, signal_fd,
+};
 
 /// What every call of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;

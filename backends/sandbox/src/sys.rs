@@ -97,6 +97,34 @@ pub fn one_heap() {
     }
 }
 
+/// Gives back the memory that holds the program's code. Most of it was needed to start, and never is again; what is comes back page by
+/// page, out of the page cache, as it is run.
+pub fn leave_start_behind() {
+    // SAFETY: the callback is one that fits, and needs no data.
+    unsafe { libc::dl_iterate_phdr(Some(leave_code), std::ptr::null_mut()) };
+}
+
+/// For each object that is loaded.
+extern "C" fn leave_code(object: *mut libc::dl_phdr_info, _size: usize, _data: *mut libc::c_void) -> i32 {
+    // SAFETY: the C library hands the description of an object over, for as long as this runs.
+    let object = unsafe { &*object };
+    // SAFETY: it has so many headers, where it says, and they do not change.
+    let headers = unsafe { std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into()) };
+    let base = object.dlpi_addr;
+    for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD && header.p_flags == libc::PF_R | libc::PF_X) {
+        let start = base.wrapping_add(header.p_vaddr) & !(PAGE - 1);
+        let end = base.wrapping_add(header.p_vaddr).wrapping_add(header.p_memsz);
+        let (Ok(address), Ok(len)) = (usize::try_from(start), usize::try_from(end.saturating_sub(start))) else { continue };
+        // SAFETY: this is code of a file, mapped without the right to write it, and has no relocations: what is read or run there next
+        // is what the file has.
+        let _a_hint = unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(address), len, libc::MADV_DONTNEED) };
+    }
+    0
+}
+
+/// Bytes of a page of memory.
+const PAGE: u64 = 4096;
+
 /// Closes a descriptor of the original in the copy, where nothing runs destructors.
 pub(crate) fn close(fd: &OwnedFd) {
     // SAFETY: this is called between clone and exec only, in a process that ends in exec or `_exit` without dropping `fd`, so
