@@ -1,5 +1,6 @@
 //! The arguments of `outboard-virtiofsd`, and what they mean. They are those of the virtiofsd that people know, and a few more.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use sandbox::{IdRange, Identity};
 use crate::fs::{Cache, Settings};
 use crate::owner::{Ids, Owners};
 use crate::sandbox::OWN_DESCRIPTORS;
+use crate::xattrmap::XattrMap;
 
 mod refused;
 mod translate;
@@ -76,6 +78,10 @@ pub struct Args {
     /// Extended attributes
     #[arg(long)]
     pub xattr: bool,
+    /// Names of extended attributes that are others on the host: ':map:KEY:PREPEND:', or rules, one after the other, of
+    /// ':prefix|ok|bad|unsupported:client|server|all:KEY:PREPEND:'. With --xattr
+    #[arg(long, value_name = "RULES")]
+    pub xattrmap: Option<XattrMap>,
     /// Access control lists. With --xattr
     #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
     pub posix_acl: Option<Choice>,
@@ -400,6 +406,9 @@ fn owners(args: &Args, several: bool) -> Owners {
     }
 }
 
+/// Names of access control lists.
+const LISTS: [&CStr; 2] = [c"system.posix_acl_access", c"system.posix_acl_default"];
+
 fn settings(args: &Args) -> Result<Settings> {
     let cache = match args.cache {
         CachePolicy::Never => Cache::Never,
@@ -414,12 +423,17 @@ fn settings(args: &Args) -> Result<Settings> {
     };
     ensure!(!(args.writeback && cache == Cache::Never), "--writeback needs a guest that keeps data: not with --cache never");
     let posix_acl = matches!(args.posix_acl, Some(Choice::Always | Choice::Auto));
+    ensure!(
+        !posix_acl || args.xattrmap.as_ref().is_none_or(|map| LISTS.iter().all(|list| map.passes(list))),
+        "--posix-acl: the host keeps to access control lists only under their own names, which --xattrmap changes. Put /ok/all/system.posix_acl_/system.posix_acl_/ in front of its rules"
+    );
     Ok(Settings {
         cache,
         timeout: args.timeout.unwrap_or(timeout),
         negative_timeout: args.negative_timeout.filter(|timeout| !timeout.is_zero()),
         read_only: args.readonly,
-        xattr: args.xattr || posix_acl,
+        xattr: args.xattr || posix_acl || args.xattrmap.is_some(),
+        xattrmap: args.xattrmap.clone(),
         posix_acl,
         writeback: args.writeback,
         allow_direct_io: args.allow_direct_io,

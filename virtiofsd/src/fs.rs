@@ -25,6 +25,7 @@ use crate::request::{Dialect, Operation, Request};
 use crate::tree::Tree;
 use crate::tree::node::Kind;
 use crate::waiting::Waiting;
+use crate::xattrmap::XattrMap;
 
 mod change;
 mod dir;
@@ -54,6 +55,8 @@ pub struct Settings {
     pub read_only: bool,
     /// Extended attributes.
     pub xattr: bool,
+    /// Names of them that are others on the host.
+    pub xattrmap: Option<XattrMap>,
     /// Access control lists.
     pub posix_acl: bool,
     /// The guest may collect writes.

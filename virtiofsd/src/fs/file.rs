@@ -86,6 +86,7 @@ impl Share {
             return Err(Errno::STALE);
         }
         if flags.cast_signed() & libc::O_TRUNC != 0 {
+            self.drop_capability(&file)?;
             let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && more & flag::OPEN_KILL_SUIDGID == 0;
             thread.credentials.keeping_ids_if(keep, || ftruncate(&file, 0))?;
         }
@@ -173,6 +174,7 @@ impl Share {
         if !io.patient && (handle.slow || (size > SHORT && !io.at_length)) {
             return Ok(Done::Slow);
         }
+        self.drop_capability(&handle.file)?;
         // Nobody has the right to keep these bits, unless the guest says who does and it is this one.
         let keep = self.agreed(init::HANDLE_KILLPRIV_V2)
             && write_flags & flag::WRITE_KILL_SUIDGID == 0
@@ -238,6 +240,7 @@ impl Share {
         if !io.patient {
             return Ok(Done::Slow);
         }
+        self.drop_capability(&handle.file)?;
         fallocate(&handle.file, FallocateFlags::from_bits_retain(mode), offset, length)?;
         Ok(EMPTY)
     }
@@ -265,6 +268,7 @@ impl Share {
         if !io.patient {
             return Ok(Done::Slow);
         }
+        self.drop_capability(&into.file)?;
         let most = if long { u64::MAX } else { u32::MAX.into() };
         let length = usize::try_from(length.min(most)).unwrap_or(usize::MAX);
         let (mut offset, mut to_offset) = (offset, to_offset);

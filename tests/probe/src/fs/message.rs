@@ -286,6 +286,16 @@ pub fn getxattr(node: u64, name: impl AsRef<[u8]>, size: u32) -> Message {
     Message::new(op::GETXATTR, node, [words(&[size, 0]), text(name)].concat())
 }
 
+/// LISTXATTR.
+pub fn listxattr(node: u64, size: u32) -> Message {
+    Message::new(op::LISTXATTR, node, words(&[size, 0]))
+}
+
+/// REMOVEXATTR.
+pub fn removexattr(node: u64, name: impl AsRef<[u8]>) -> Message {
+    Message::new(op::REMOVEXATTR, node, text(name))
+}
+
 /// BATCH_FORGET of so many, as it says.
 pub fn forget_many(count: u32, pairs: &[(u64, u64)]) -> Message {
     let pairs: Vec<u64> = pairs.iter().flat_map(|(node, count)| [*node, *count]).collect();

@@ -15,6 +15,7 @@ use rustix::process::{Signal, kill_process};
 use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Ended, Scratch, program, run, wait_for};
 
+mod attributes;
 mod contents;
 mod exercise;
 mod given;

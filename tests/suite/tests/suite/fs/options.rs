@@ -155,7 +155,7 @@ fn the_time_of_access() {
 
 #[test]
 fn what_cannot_be_had_is_told_with_what_to_do() {
-    let cases: [(&[&str], &str); 16] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["--sandbox", "none"], "no way to run unconfined"),
         (&["--sandbox", "chroot"], "leave it out"),
         (&["--seccomp", "none"], "is ended, always"),
@@ -163,7 +163,8 @@ fn what_cannot_be_had_is_told_with_what_to_do() {
         (&["--socket-group", "kvm"], "--fd"),
         (&["--syslog"], "standard error"),
         (&["-o", "source=/"], "by its own name"),
-        (&["--xattrmap", ":ok:all:::"], "not known yet"),
+        (&["--xattrmap", ":ok:all::: :map:user.:"], "rule 2: it ends before its prepend does"),
+        (&["--xattrmap", ":map::user.virtiofs.:", "--posix-acl"], "/ok/all/system.posix_acl_/system.posix_acl_/"),
         (&["--security-label"], "Leave it out"),
         (&["--migration-mode", "find-paths"], "not move"),
         (&["--migration-confirm-paths"], "not move"),
