@@ -85,6 +85,9 @@ pub struct Args {
     /// Access control lists. With --xattr
     #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
     pub posix_acl: Option<Choice>,
+    /// New files have the labels of the guest's security module (SELinux) from the start. With --xattr; mostly with --xattrmap
+    #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
+    pub security_label: Option<Choice>,
     /// The guest collects what is written
     #[arg(long)]
     pub writeback: bool,
@@ -423,6 +426,7 @@ fn settings(args: &Args) -> Result<Settings> {
     };
     ensure!(!(args.writeback && cache == Cache::Never), "--writeback needs a guest that keeps data: not with --cache never");
     let posix_acl = matches!(args.posix_acl, Some(Choice::Always | Choice::Auto));
+    let security_label = matches!(args.security_label, Some(Choice::Always | Choice::Auto));
     ensure!(
         !posix_acl || args.xattrmap.as_ref().is_none_or(|map| LISTS.iter().all(|list| map.passes(list))),
         "--posix-acl: the host keeps to access control lists only under their own names, which --xattrmap changes. Put /ok/all/system.posix_acl_/system.posix_acl_/ in front of its rules"
@@ -432,9 +436,11 @@ fn settings(args: &Args) -> Result<Settings> {
         timeout: args.timeout.unwrap_or(timeout),
         negative_timeout: args.negative_timeout.filter(|timeout| !timeout.is_zero()),
         read_only: args.readonly,
-        xattr: args.xattr || posix_acl || args.xattrmap.is_some(),
+        xattr: args.xattr || posix_acl || security_label || args.xattrmap.is_some(),
         xattrmap: args.xattrmap.clone(),
         posix_acl,
+        security_label,
+        security_label_required: args.security_label == Some(Choice::Always),
         writeback: args.writeback,
         allow_direct_io: args.allow_direct_io,
         allow_mmap: args.allow_mmap,

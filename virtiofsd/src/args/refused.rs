@@ -20,8 +20,6 @@ pub(super) struct Refused {
     syslog: bool,
     #[arg(short = 'o', value_name = "OPTIONS", hide = true)]
     compat: Vec<String>,
-    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always", hide = true)]
-    security_label: Option<String>,
     #[arg(long, value_name = "MODE", hide = true)]
     migration_mode: Option<String>,
     #[arg(long, value_name = "ACTION", hide = true)]
@@ -58,9 +56,6 @@ impl Refused {
         }
         if let Some(options) = self.compat.first() {
             bail!("-o {options}: give each option by its own name, as in --cache=auto; --help lists them");
-        }
-        if self.security_label.as_deref().is_some_and(|when| when == "always") {
-            bail!("--security-label: a guest's labels would be taken for this host's. Leave it out, or say never");
         }
         if self.migration_mode.is_some()
             || self.migration_on_error.is_some()

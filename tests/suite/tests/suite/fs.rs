@@ -20,6 +20,7 @@ mod contents;
 mod exercise;
 mod given;
 mod killed;
+mod labels;
 mod locks;
 mod made_here;
 mod mounted;

@@ -28,13 +28,16 @@ fn offered(words: &[&str]) -> (Vec<String>, u64) {
 fn a_guest_is_offered_what_was_asked_for() {
     let plain = offered(&["--thread-pool-size", "1", "--poll-limit", "0"]);
     assert_eq!(plain.1, 1);
-    let cases: [(&[&str], &str, bool); 11] = [
+    let cases: [(&[&str], &str, bool); 14] = [
         (&["--no-readdirplus"], "DO_READDIRPLUS", false),
         (&["--no-announce-submounts"], "SUBMOUNTS", false),
         (&["--no-announce-submounts", "--announce-submounts"], "SUBMOUNTS", true),
         (&["--writeback"], "WRITEBACK_CACHE", true),
         (&["--posix-acl"], "POSIX_ACL", true),
         (&["--posix-acl=never"], "POSIX_ACL", false),
+        (&["--security-label"], "SECURITY_CTX", true),
+        (&["--security-label=auto"], "SECURITY_CTX", true),
+        (&["--security-label=never"], "SECURITY_CTX", false),
         (&["--killpriv-v2"], "HANDLE_KILLPRIV_V2", true),
         (&["--killpriv-v2", "--no-killpriv-v2"], "HANDLE_KILLPRIV_V2", false),
         (&["--allow-mmap", "--cache", "never"], "DIRECT_IO_ALLOW_MMAP", true),
@@ -48,6 +51,7 @@ fn a_guest_is_offered_what_was_asked_for() {
         let usual = [
             &["--no-announce-submounts", "--announce-submounts"][..],
             &["--posix-acl=never"],
+            &["--security-label=never"],
             &["--killpriv-v2", "--no-killpriv-v2"],
         ];
         assert_eq!(has(&plain.0) == expected, usual.contains(&words), "{words:?}");
@@ -155,7 +159,7 @@ fn the_time_of_access() {
 
 #[test]
 fn what_cannot_be_had_is_told_with_what_to_do() {
-    let cases: [(&[&str], &str); 17] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["--sandbox", "none"], "no way to run unconfined"),
         (&["--sandbox", "chroot"], "leave it out"),
         (&["--seccomp", "none"], "is ended, always"),
@@ -165,7 +169,6 @@ fn what_cannot_be_had_is_told_with_what_to_do() {
         (&["-o", "source=/"], "by its own name"),
         (&["--xattrmap", ":ok:all::: :map:user.:"], "rule 2: it ends before its prepend does"),
         (&["--xattrmap", ":map::user.virtiofs.:", "--posix-acl"], "/ok/all/system.posix_acl_/system.posix_acl_/"),
-        (&["--security-label"], "Leave it out"),
         (&["--migration-mode", "find-paths"], "not move"),
         (&["--migration-confirm-paths"], "not move"),
         (&["--rlimit-nofile", "100"], "at least"),
