@@ -54,6 +54,9 @@ const FOR_EVER: Duration = Duration::from_secs(86400);
 pub struct Args {
     #[command(flatten)]
     socket: Socket,
+    /// Members of this group, by name or number, may connect to the socket of --socket-path
+    #[arg(long, value_name = "GROUP", conflicts_with = "fd")]
+    pub socket_group: Option<String>,
     /// The directory, or a single file
     #[arg(long, value_name = "PATH", required_unless_present = "shared_fd")]
     pub shared_dir: Option<PathBuf>,
@@ -261,6 +264,10 @@ impl Arguments for Args {
 
     fn socket(&self) -> Option<&Socket> {
         Some(&self.socket)
+    }
+
+    fn socket_group(&self) -> Option<&str> {
+        self.socket_group.as_deref()
     }
 
     fn inherited(&self) -> Vec<RawFd> {

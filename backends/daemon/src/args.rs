@@ -115,6 +115,11 @@ pub trait Arguments: clap::Parser {
         None
     }
 
+    /// The group, by name or number, whose members may connect to the socket of `--socket-path`. Otherwise its owner may.
+    fn socket_group(&self) -> Option<&str> {
+        None
+    }
+
     /// Descriptors that arguments name, besides the socket's.
     fn inherited(&self) -> Vec<RawFd> {
         Vec::new()

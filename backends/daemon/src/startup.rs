@@ -104,7 +104,7 @@ fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startu
     inherited.extend([args.base().metrics_fd, args.base().listener_fd, args.base().ready_fd].into_iter().flatten());
     if !args.base().namespaced {
         let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
-        return parent::run(&inherited, socket, args.identity()?);
+        return parent::run(&inherited, socket, args.socket_group(), args.identity()?);
     }
     must_be_namespaced(args.base().identity)?;
     die_of_panics();

@@ -14,8 +14,6 @@ pub(super) struct Refused {
     seccomp: String,
     #[arg(long, value_name = "CAPABILITIES", hide = true)]
     modcaps: Option<String>,
-    #[arg(long, value_name = "GROUP", hide = true)]
-    socket_group: Option<String>,
     #[arg(long, hide = true)]
     syslog: bool,
     #[arg(short = 'o', value_name = "OPTIONS", hide = true)]
@@ -45,9 +43,6 @@ impl Refused {
         }
         if self.modcaps.is_some() {
             bail!("--modcaps: which capabilities are kept follows from whose files are served (--owner-map). Leave it out");
-        }
-        if self.socket_group.is_some() {
-            bail!("--socket-group: put the socket into a directory that this group may enter, or hand it over with --fd");
         }
         if self.syslog {
             bail!(

@@ -10,7 +10,7 @@ use rustix::fs::{XattrFlags, lgetxattr, setxattr};
 use suite::share::Shared;
 use suite::virtiofsd::Virtiofsd;
 
-use super::mounted::{Mounted, can_mount};
+use super::mounted::can_mount;
 use super::owners::of_a_user;
 
 /// SECURITY_CTX.

@@ -1,15 +1,17 @@
 //! What each option of our server does, as far as no other test is about it.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
+use rustix::process::geteuid;
 use serde_json::Value;
-use suite::virtiofsd::Whose;
+use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Scratch, program, run};
 
 use super::mounted::{Mounted, can_mount, serve};
@@ -127,7 +129,7 @@ fn mounts_that_are_not_shared() {
         let mut command = Command::new(program("outboard-virtiofsd"));
         command.arg("--shared-dir").arg(scratch.path("house")).args(words);
         let place = Scratch::new();
-        let server = suite::virtiofsd::Virtiofsd::launch_ours(command, place.path("fs.sock"));
+        let server = Virtiofsd::launch_ours(command, place.path("fs.sock"));
         let socket = server.socket.clone();
         let mut mounted = Mounted::of(place, &socket, Some(server), &[]);
         assert_eq!(fs::metadata(mounted.seen.join("inner/file")).is_ok(), seen, "{words:?}");
@@ -157,14 +159,67 @@ fn the_time_of_access() {
     }
 }
 
+/// Whoever is in the group may connect, and nobody else but the owner.
+#[test]
+fn a_socket_of_a_group() {
+    const OWNER: u32 = 1234;
+    const GROUP: u32 = 4567;
+    if !geteuid().is_root() {
+        println!("skipped: groups of a socket need root");
+        return;
+    }
+    let scratch = Scratch::new();
+    let (house, place, programs) = (scratch.path("house"), scratch.path("place"), scratch.path("programs"));
+    for folder in [&house, &place, &programs] {
+        fs::create_dir(folder).unwrap();
+        chown(folder, Some(OWNER), None).unwrap();
+        fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::set_permissions(scratch.path(""), Permissions::from_mode(0o755)).unwrap();
+    let copy = |name: &str| {
+        fs::copy(program(name), programs.join(name)).unwrap();
+        programs.join(name)
+    };
+    let (server, probe, socket) = (copy("outboard-virtiofsd"), copy("outboard-probe"), place.join("fs.sock"));
+    let by = |user: u32, groups: &str, program: &Path| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user.to_string(), "--regid", "99", "--groups", groups]).arg(program);
+        command
+    };
+    let serve = |groups: &str, group: &str| {
+        let mut command = by(OWNER, groups, &server);
+        command.arg("--shared-dir").arg(&house).args(["--tag", "house", "--socket-group", group]);
+        command
+    };
+    let (root, number) = ("root".to_owned(), GROUP.to_string());
+    let mut refused = serve("98", &number);
+    let ended = run(refused.arg("--socket-path").arg(&socket));
+    assert_eq!(ended.code, Some(1));
+    let said = "to the group 4567 of --socket-group, which its user has to be a member of (usermod -aG), or root: ";
+    assert!(ended.err.contains(said) && fs::read_dir(&place).unwrap().count() == 0, "{}", ended.err);
+    let mut unknown = serve("98", "no such group");
+    let ended = run(unknown.arg("--socket-path").arg(&socket));
+    assert!(ended.err.contains("/etc/group has no such group"), "{}", ended.err);
+    let ended = run(serve("98", &number).args(["--fd", "3"]));
+    assert!(ended.code == Some(2) && ended.err.contains("--socket-path"), "{}", ended.err);
+    for (group, gid) in [(number, GROUP), (root, 0)] {
+        let mut server = Virtiofsd::launch_ours(serve(&gid.to_string(), &group), socket.clone());
+        let about = fs::metadata(&socket).unwrap();
+        assert_eq!((about.uid(), about.gid(), about.mode() & 0o7777), (OWNER, gid, 0o660));
+        let info = |user: u32, groups: &str| run(by(user, groups, &probe).args(["fs", "info"]).arg(&socket)).code;
+        assert_eq!([info(77, &gid.to_string()), info(OWNER, "98"), info(77, "98")], [Some(0), Some(0), Some(1)]);
+        server.end();
+        assert!(!socket.exists());
+    }
+}
+
 #[test]
 fn what_cannot_be_had_is_told_with_what_to_do() {
-    let cases: [(&[&str], &str); 16] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["--sandbox", "none"], "no way to run unconfined"),
         (&["--sandbox", "chroot"], "leave it out"),
         (&["--seccomp", "none"], "is ended, always"),
         (&["--modcaps=+sys_admin"], "--owner-map"),
-        (&["--socket-group", "kvm"], "--fd"),
         (&["--syslog"], "standard error"),
         (&["-o", "source=/"], "by its own name"),
         (&["--xattrmap", ":ok:all::: :map:user.:"], "rule 2: it ends before its prepend does"),
