@@ -163,6 +163,9 @@ pub struct Args {
     /// A page in which a successor of this process finds what was agreed on with the guest
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
     pub session_fd: Option<RawFd>,
+    /// The log goes to the host's (/dev/log) instead of standard error
+    #[arg(long)]
+    pub syslog: bool,
     #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
@@ -264,6 +267,10 @@ impl Arguments for Args {
 
     fn socket(&self) -> Option<&Socket> {
         Some(&self.socket)
+    }
+
+    fn syslog(&self) -> bool {
+        self.syslog
     }
 
     fn socket_group(&self) -> Option<&str> {

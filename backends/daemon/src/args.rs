@@ -115,6 +115,11 @@ pub trait Arguments: clap::Parser {
         None
     }
 
+    /// The log goes to the host's, not to standard error.
+    fn syslog(&self) -> bool {
+        false
+    }
+
     /// The group, by name or number, whose members may connect to the socket of `--socket-path`. Otherwise its owner may.
     fn socket_group(&self) -> Option<&str> {
         None

@@ -14,8 +14,6 @@ pub(super) struct Refused {
     seccomp: String,
     #[arg(long, value_name = "CAPABILITIES", hide = true)]
     modcaps: Option<String>,
-    #[arg(long, hide = true)]
-    syslog: bool,
     #[arg(short = 'o', value_name = "OPTIONS", hide = true)]
     compat: Vec<String>,
     #[arg(long, value_name = "MODE", hide = true)]
@@ -43,11 +41,6 @@ impl Refused {
         }
         if self.modcaps.is_some() {
             bail!("--modcaps: which capabilities are kept follows from whose files are served (--owner-map). Leave it out");
-        }
-        if self.syslog {
-            bail!(
-                "--syslog: the log goes to standard error, where systemd and outboard take it; --log-format json is for machines"
-            );
         }
         if let Some(options) = self.compat.first() {
             bail!("-o {options}: give each option by its own name, as in --cache=auto; --help lists them");

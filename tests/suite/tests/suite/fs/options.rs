@@ -3,6 +3,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
@@ -12,7 +13,7 @@ use rustix::fs::{CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
 use rustix::process::geteuid;
 use serde_json::Value;
 use suite::virtiofsd::{Virtiofsd, Whose};
-use suite::{Scratch, program, run};
+use suite::{Scratch, Server, program, run};
 
 use super::mounted::{Mounted, can_mount, serve};
 
@@ -213,14 +214,71 @@ fn a_socket_of_a_group() {
     }
 }
 
+/// Lines arrive as datagrams, and a log that nobody reads holds nothing up.
+#[test]
+fn the_log_of_the_host() {
+    if !geteuid().is_root() {
+        println!("skipped: a /dev/log of its own needs root");
+        return;
+    }
+    let scratch = Scratch::new();
+    let (house, old) = (scratch.path("house"), scratch.path("dev"));
+    for folder in [&house, &old] {
+        fs::create_dir(folder).unwrap();
+    }
+    let log = scratch.path("log");
+    let script = format!(
+        "mount --rbind /dev {0}; mount -t tmpfs tmpfs /dev; touch /dev/null; mount --bind {0}/null /dev/null; ln -s {1} /dev/log",
+        old.display(),
+        log.display()
+    );
+    let house = house.to_str().unwrap();
+    let start = |words: &[&str]| {
+        let words = [&["--shared-dir", house, "--tag", "house", "--syslog", "--log-level", "info"], words].concat();
+        Server::start_after(&script, "outboard-virtiofsd", &scratch, &words)
+    };
+    let lines = |words: &[&str]| {
+        let receiver = UnixDatagram::bind(&log).unwrap();
+        let server = start(words);
+        let pid = server.worker();
+        // More than the kernel keeps for a receiver that does not look.
+        for _ in 0..40 {
+            assert_eq!(run(Command::new(program("outboard-probe")).args(["fs", "info"]).arg(&server.socket)).code, Some(0));
+        }
+        assert_eq!(server.terminate(), Some(0));
+        receiver.set_nonblocking(true).unwrap();
+        let mut room = [0; 4096];
+        let lines =
+            std::iter::from_fn(|| receiver.recv(&mut room).ok().map(|len| String::from_utf8_lossy(&room[..len]).into_owned()));
+        let lines: Vec<String> = lines.collect();
+        fs::remove_file(&log).unwrap();
+        (pid, lines)
+    };
+    let (pid, text) = lines(&[]);
+    assert_eq!(text[0], format!("<30>outboard-virtiofsd[{pid}]: a frontend has come"));
+    let (pid, json) = lines(&["--log-format", "json"]);
+    let start = format!("<30>outboard-virtiofsd[{pid}]: ");
+    let line: Value = serde_json::from_str(json[0].strip_prefix(&start).unwrap()).unwrap();
+    assert_eq!(line["message"], "a frontend has come");
+    let mut nobody = Command::new("unshare");
+    nobody.args(["--mount", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh"]).arg(program("outboard-virtiofsd"));
+    let ended = run(nobody.args(["--shared-dir", house, "--syslog"]).arg("--socket-path").arg(scratch.path("s")));
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.err.contains("Cannot reach the host's log at /dev/log (without --syslog it is standard error)"),
+        "{}",
+        ended.err
+    );
+    assert!(!scratch.path("s").exists());
+}
+
 #[test]
 fn what_cannot_be_had_is_told_with_what_to_do() {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 14] = [
         (&["--sandbox", "none"], "no way to run unconfined"),
         (&["--sandbox", "chroot"], "leave it out"),
         (&["--seccomp", "none"], "is ended, always"),
         (&["--modcaps=+sys_admin"], "--owner-map"),
-        (&["--syslog"], "standard error"),
         (&["-o", "source=/"], "by its own name"),
         (&["--xattrmap", ":ok:all::: :map:user.:"], "rule 2: it ends before its prepend does"),
         (&["--xattrmap", ":map::user.virtiofs.:", "--posix-acl"], "/ok/all/system.posix_acl_/system.posix_acl_/"),
