@@ -1,6 +1,6 @@
 //! The arguments of `outboard-virtiofsd`, and what they mean. They are those of the virtiofsd that people know, and a few more.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsString};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -17,6 +17,7 @@ use crate::owner::{Ids, Owners};
 use crate::sandbox::OWN_DESCRIPTORS;
 use crate::xattrmap::XattrMap;
 
+mod compat;
 mod refused;
 mod translate;
 
@@ -260,6 +261,10 @@ fn owner_map(text: &str) -> Result<OwnerMap, String> {
 
 impl Arguments for Args {
     const CAPABILITIES: Option<Capabilities> = Some(Capabilities { kind: "fs", features: &["separate-options"] });
+
+    fn words(words: Vec<OsString>) -> Result<Vec<OsString>, String> {
+        compat::words(words)
+    }
 
     fn base(&self) -> &Base {
         &self.base

@@ -57,7 +57,8 @@ fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
     if std::env::args_os().nth(1).is_some_and(|arg| arg == "--print-man") {
         return Err(u8::from(print_man::<A>().is_err()));
     }
-    A::try_parse().map_err(|error| {
+    let words = A::words(std::env::args_os().collect()).map_err(|why| A::command().error(ErrorKind::ValueValidation, why));
+    words.and_then(A::try_parse_from).map_err(|error| {
         let _nobody_reads = error.print();
         match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,

@@ -14,7 +14,8 @@ pub(super) struct Refused {
     seccomp: String,
     #[arg(long, value_name = "CAPABILITIES", hide = true)]
     modcaps: Option<String>,
-    #[arg(short = 'o', value_name = "OPTIONS", hide = true)]
+    /// Options as upstream once had them: source=DIR, cache=none, xattr and so on. None of them is for what is given by name as well
+    #[arg(short = 'o', value_name = "OPTION[,OPTION...]")]
     compat: Vec<String>,
     #[arg(long, value_name = "MODE", hide = true)]
     migration_mode: Option<String>,
@@ -42,8 +43,9 @@ impl Refused {
         if self.modcaps.is_some() {
             bail!("--modcaps: which capabilities are kept follows from whose files are served (--owner-map). Leave it out");
         }
+        // Those that stand where they are looked for have become others by now.
         if let Some(options) = self.compat.first() {
-            bail!("-o {options}: give each option by its own name, as in --cache=auto; --help lists them");
+            bail!("-o {options}: -o has to be a word by itself, or to begin one");
         }
         if self.migration_mode.is_some()
             || self.migration_on_error.is_some()

@@ -62,6 +62,32 @@ fn a_guest_is_offered_what_was_asked_for() {
     assert_eq!(offered(&["--num-request-queues", "3"]).1, 3);
 }
 
+/// As libvirt and others wrote it once.
+#[test]
+fn options_as_they_were_once_written() {
+    if !can_mount("-o source=") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let house = scratch.path("house");
+    fs::create_dir(&house).unwrap();
+    let mut command = Command::new(program("outboard-virtiofsd"));
+    command.args(["--tag", "house", "-o"]).arg(format!("source={},cache=none,no_readdirplus", house.display()));
+    command.args(["-oxattr,no_posix_lock", "-f"]);
+    let server = Virtiofsd::launch_ours(command, scratch.path("fs.sock"));
+    let ended = run(Command::new(program("outboard-probe")).args(["fs", "info"]).arg(&server.socket));
+    assert!(ended.code == Some(0) && !ended.out.contains("READDIRPLUS"), "{}", ended.out);
+    let socket = server.socket.clone();
+    let mut mounted = Mounted::of(scratch, &socket, Some(server), &[]);
+    let (here, there) = mounted.both("file");
+    fs::write(&there, "x").unwrap();
+    assert_eq!(fs::metadata(&here).unwrap().len(), 1);
+    fs::write(&there, "xyz").unwrap();
+    assert_eq!(fs::metadata(&here).unwrap().len(), 3, "nothing is kept");
+    rustix::fs::setxattr(&here, "user.own", b"1", rustix::fs::XattrFlags::empty()).unwrap();
+    mounted.unmount();
+}
+
 #[test]
 fn what_a_guest_believes_and_for_how_long() {
     if !can_mount("what a guest believes") {
@@ -274,12 +300,15 @@ fn the_log_of_the_host() {
 
 #[test]
 fn what_cannot_be_had_is_told_with_what_to_do() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["--sandbox", "none"], "no way to run unconfined"),
         (&["--sandbox", "chroot"], "leave it out"),
         (&["--seccomp", "none"], "is ended, always"),
         (&["--modcaps=+sys_admin"], "--owner-map"),
-        (&["-o", "source=/"], "by its own name"),
+        (&["-o", "source=/"], "-o source=/ cannot be used with --shared-dir"),
+        (&["-osandbox=none"], "no way to run unconfined"),
+        (&["-o", "xattr", "-fo", "no_xattr"], "a word by itself"),
+        (&["-o", "xattr,vhost_user_socket=/s"], "-o vhost_user_socket=/s: there is no such option"),
         (&["--xattrmap", ":ok:all::: :map:user.:"], "rule 2: it ends before its prepend does"),
         (&["--xattrmap", ":map::user.virtiofs.:", "--posix-acl"], "/ok/all/system.posix_acl_/system.posix_acl_/"),
         (&["--migration-mode", "find-paths"], "not move"),
