@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::{ArgAction, Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
 use rustix::process::{Resource, geteuid, getrlimit};
@@ -151,7 +151,7 @@ pub struct Args {
     /// Descriptors the process may have: those for open files, and up to 4096 for inodes. Otherwise a million, or what is allowed
     #[arg(long, value_name = "N")]
     pub rlimit_nofile: Option<u64>,
-    /// How inodes are kept: by a name and a few descriptors in any case, which needs no handles
+    /// Whether inodes are reached by handles of their file system, so that renaming on the host does not lose them. It takes root
     #[arg(long, value_enum, value_name = "WHEN", default_value = "never")]
     pub inode_file_handles: FileHandles,
     /// Most inodes that the guest may know at once
@@ -212,13 +212,15 @@ pub enum Locks {
     Host,
 }
 
-/// Whether inodes are kept as file handles.
+/// Whether inodes are reached by file handles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FileHandles {
-    /// No
+    /// No: by their names
     Never,
-    /// Where they help: nowhere
+    /// Where the file system and the process's rights allow it
     Prefer,
+    /// Yes, or the process does not start
+    Mandatory,
 }
 
 /// Whose files are whose.
@@ -338,6 +340,8 @@ pub struct Config {
     pub tag: Option<String>,
     /// How it is shared.
     pub settings: Settings,
+    /// Whether inodes are reached by handles.
+    pub file_handles: FileHandles,
     /// Whose files are whose.
     pub owners: Owners,
     /// Request queues.
@@ -375,6 +379,14 @@ impl Config {
             !(translated && settings.posix_acl),
             "--translate-uid and --translate-gid cannot be used with --posix-acl: ids in access control lists are not translated"
         );
+        // Whoever is one user only has no right to handles: the kernel would say so, too.
+        let file_handles = match args.inode_file_handles {
+            FileHandles::Mandatory if !several => {
+                bail!("--inode-file-handles mandatory takes root as itself, with the host's users (--owner-map exact)")
+            }
+            FileHandles::Prefer if !several => FileHandles::Never,
+            how => how,
+        };
         let descriptors = descriptors(args)?;
         let left = descriptors.saturating_sub(OWN_DESCRIPTORS);
         let (cached, nameless) = ((left / 4).min(CACHED), left / 4);
@@ -384,6 +396,7 @@ impl Config {
             submounts: !args.no_submounts,
             tag: args.tag.clone(),
             settings,
+            file_handles,
             owners: owners(args, several),
             queues: args.num_request_queues.unwrap_or_else(processors),
             pool: if args.thread_pool_size == 0 { POOL } else { args.thread_pool_size },

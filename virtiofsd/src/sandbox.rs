@@ -9,6 +9,7 @@ use sandbox::{GETXATTRAT, LISTXATTRAT, REMOVEXATTRAT, SETXATTRAT};
 
 use crate::args::{MAX_POOL, MAX_QUEUES};
 use crate::fs::ioctl as commands;
+use crate::sys;
 
 /// The role of the threads that serve queues.
 pub const QUEUE: &str = "queue";
@@ -21,6 +22,12 @@ pub const QUEUE_OF_MANY: &str = "queue of many users";
 
 /// The same where the process is several users.
 pub const POOL_OF_MANY: &str = "slow of many users";
+
+/// The same of several users where inodes are reached by their handles.
+pub const QUEUE_BY_HANDLE: &str = "queue by handle";
+
+/// The same of several users where inodes are reached by their handles.
+pub const POOL_BY_HANDLE: &str = "slow by handle";
 
 /// Descriptors of each queue: two ends of a bell, one of outcomes, three of the ring, and one to spare.
 const PER_QUEUE: u64 = 7;
@@ -116,6 +123,16 @@ const USERS: &[Rule] = &[
     allow(libc::SYS_capset, "keeping a set-group-id bit that a guest's root sets"),
 ];
 
+/// In no other filter: whoever may do so, and has the right to it, can make up a handle of any file of the file system.
+const HANDLES: &[Rule] = &[
+    allow_if(libc::SYS_name_to_handle_at, BELOW, "what the file system calls a file"),
+    allow_if(
+        libc::SYS_open_by_handle_at,
+        &[When::Is(2, sys::BY_HANDLE.cast_unsigned())],
+        "a file by what the file system calls it, as a path only",
+    ),
+];
+
 /// The process reaches its share and nothing else.
 pub const POLICY: Policy = Policy {
     name: "outboard-virtiofsd",
@@ -127,5 +144,7 @@ pub const POLICY: Policy = Policy {
         (POOL, &[RUNTIME, FILES]),
         (QUEUE_OF_MANY, &[RUNTIME, RINGS, FILES, USERS]),
         (POOL_OF_MANY, &[RUNTIME, FILES, USERS]),
+        (QUEUE_BY_HANDLE, &[RUNTIME, RINGS, FILES, USERS, HANDLES]),
+        (POOL_BY_HANDLE, &[RUNTIME, FILES, USERS, HANDLES]),
     ],
 };

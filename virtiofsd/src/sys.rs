@@ -6,7 +6,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
@@ -86,6 +86,61 @@ pub(crate) fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Re
     let (fd, path) = (dir.as_raw_fd(), path.as_ptr());
     // SAFETY: both strings end in NUL.
     check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, 0, name.as_ptr()) }).map(drop)
+}
+
+/// Most bytes of a file handle (`MAX_HANDLE_SZ`).
+const MAX_HANDLE: usize = 128;
+
+/// How a file is opened by its handle: as a path only.
+pub(crate) const BY_HANDLE: i32 = libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW;
+
+/// `struct file_handle`, with as much room as there may have to be.
+#[repr(C)]
+#[derive(Clone, Debug)]
+pub(crate) struct RawHandle {
+    len: u32,
+    pub(crate) kind: i32,
+    bytes: [u8; MAX_HANDLE],
+}
+
+impl RawHandle {
+    /// One with this content.
+    pub(crate) fn new(kind: i32, content: &[u8]) -> Result<RawHandle, Errno> {
+        let mut bytes = [0; MAX_HANDLE];
+        bytes.get_mut(..content.len()).ok_or(Errno::OVERFLOW)?.copy_from_slice(content);
+        Ok(RawHandle { len: u32::try_from(content.len()).map_err(|_| Errno::OVERFLOW)?, kind, bytes })
+    }
+
+    /// What it consists of.
+    pub(crate) fn content(&self) -> &[u8] {
+        usize::try_from(self.len).ok().and_then(|len| self.bytes.get(..len)).unwrap_or_default()
+    }
+}
+
+/// The handle of the file of a name, or of a descriptor if the name is empty. No link is followed.
+///
+/// # Errors
+/// `EOPNOTSUPP` if its file system has none.
+pub(crate) fn name_to_handle_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<RawHandle, Errno> {
+    let mut handle = RawHandle { len: u32::try_from(MAX_HANDLE).unwrap_or_default(), kind: 0, bytes: [0; MAX_HANDLE] };
+    let mut mount = 0_i32;
+    let flags = if name.is_empty() { libc::AT_EMPTY_PATH } else { 0 };
+    let (fd, name) = (dir.as_raw_fd(), name.as_ptr());
+    // SAFETY: the name ends in NUL; the kernel writes at most as many bytes of the handle as its length says, which are there, and one number.
+    check(unsafe { libc::syscall(libc::SYS_name_to_handle_at, fd, name, &raw mut handle, &raw mut mount, flags) })?;
+    Ok(handle)
+}
+
+/// Opens the file of a handle, as a path only. `mount` is open for reading on its mount.
+///
+/// # Errors
+/// `ESTALE` if it is gone, `EPERM` without the right over the whole host that this takes.
+pub(crate) fn open_by_handle_at(mount: BorrowedFd<'_>, handle: &RawHandle) -> Result<OwnedFd, Errno> {
+    // SAFETY: the kernel reads the handle, which has as many bytes as it says: it is made above, and nowhere else.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw const *handle, BY_HANDLE) })?;
+    let fd = i32::try_from(fd).map_err(|_| Errno::OVERFLOW)?;
+    // SAFETY: the kernel has just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// What to do with a lock of an open file.

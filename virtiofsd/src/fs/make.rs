@@ -112,7 +112,7 @@ impl Share {
         let stat = look(&file, c"")?;
         let identity = self.tree.identify_open(&stat, &file)?;
         let found = Found { identity, kind: Kind::REGULAR, parent: request.node, name };
-        let entry = self.introduce(&stat, &found)?;
+        let entry = self.introduce(&stat, &found, (&file, c""))?;
         self.hand_out(&entry, Opened { file, stat, flags }, io)
     }
 

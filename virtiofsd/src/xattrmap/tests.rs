@@ -1,3 +1,5 @@
+//! Rules, and what becomes of names under them.
+
 use super::*;
 
 fn map(text: &str) -> XattrMap {

@@ -19,6 +19,7 @@ mod attributes;
 mod contents;
 mod exercise;
 mod given;
+mod handles;
 mod killed;
 mod labels;
 mod locks;
