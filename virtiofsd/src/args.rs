@@ -10,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 use clap::{ArgAction, Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
 use rustix::process::{Resource, geteuid, getrlimit};
-use sandbox::{IdRange, Identity};
+use sandbox::{IdRange, Identity, IdentityKind};
 
 use crate::fs::{Cache, Settings};
 use crate::owner::{Ids, Owners};
@@ -379,12 +379,13 @@ impl Config {
             !(translated && settings.posix_acl),
             "--translate-uid and --translate-gid cannot be used with --posix-acl: ids in access control lists are not translated"
         );
-        // Whoever is one user only has no right to handles: the kernel would say so, too.
+        // Nobody else has the right to handles once confined, whatever may be possible until then.
+        let host = args.base.identity == IdentityKind::Host;
         let file_handles = match args.inode_file_handles {
-            FileHandles::Mandatory if !several => {
+            FileHandles::Mandatory if !host => {
                 bail!("--inode-file-handles mandatory takes root as itself, with the host's users (--owner-map exact)")
             }
-            FileHandles::Prefer if !several => FileHandles::Never,
+            FileHandles::Prefer if !host => FileHandles::Never,
             how => how,
         };
         let descriptors = descriptors(args)?;

@@ -128,7 +128,7 @@ const HANDLES: &[Rule] = &[
     allow_if(libc::SYS_name_to_handle_at, BELOW, "what the file system calls a file"),
     allow_if(
         libc::SYS_open_by_handle_at,
-        &[When::Is(2, sys::BY_HANDLE.cast_unsigned())],
+        &[When::Not(0, HERE), When::Is(2, sys::BY_HANDLE.cast_unsigned())],
         "a file by what the file system calls it, as a path only",
     ),
 ];

@@ -124,7 +124,9 @@ fn where_there_are_no_handles() {
     let ended = run(Command::new("umount").arg(&house));
     assert!(without.contains("by their handles (--inode-file-handles=mandatory)"), "{without}");
     assert_eq!(ended.code, Some(0), "{}", ended.err);
-    assert!(refused(&["--owner-map", "me"]).contains("takes root as itself"));
+    for words in [&["--owner-map", "me"][..], &["--uid-map", ":0:0:65536:", "--gid-map", ":0:0:65536:"]] {
+        assert!(refused(words).contains("takes root as itself"), "{words:?}");
+    }
     // Whoever would only prefer them is served, and has no right to them.
     let words = ["--inode-file-handles", "prefer", "--owner-map", "me", "--xattr", "--rlimit-nofile", "500"];
     let shared = Shared::new(&words, furnish);
