@@ -91,7 +91,7 @@ A disk: path=PATH[,format=raw|qcow2][,backing=FORMAT:PATH]...[,data-file=PATH][,
 
 const SHARE: &str = "\
 A directory for the guest: path=PATH[,tag=NAME][,readonly][,cache=never|metadata|auto|always][,owner=me[=ID]|squash[=ID]]\
-[,writeback][,xattr][,posix-acl][,negative-timeout=SECONDS]\
+[,writeback][,xattr][,xattrmap=RULES][,posix-acl][,negative-timeout=SECONDS]\
 [,limit-ops=N[:BURST]][,limit-bytes=SIZE[:BURST]][,queues=N]";
 
 /// A machine in flags.

@@ -10,6 +10,9 @@ pub const OLDEST_MINOR: u32 = 31;
 /// The newest minor version that is known here.
 pub const NEWEST_MINOR: u32 = 45;
 
+/// The first minor version in which a message says how long its extensions are: that of Linux 6.3.
+pub const EXTENSIONS_MINOR: u32 = 38;
+
 /// The node of the root (`FUSE_ROOT_ID`).
 pub const ROOT: u64 = 1;
 

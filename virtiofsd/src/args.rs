@@ -1,21 +1,24 @@
 //! The arguments of `outboard-virtiofsd`, and what they mean. They are those of the virtiofsd that people know, and a few more.
 
+use std::ffi::{CStr, OsString};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::{ArgAction, Parser, ValueEnum};
 use daemon::{Arguments, Base, Capabilities, Socket};
 use rustix::process::{Resource, geteuid, getrlimit};
-use sandbox::{IdRange, Identity};
+use sandbox::{IdRange, Identity, IdentityKind};
 use virtio::limit::Rate;
 
 use crate::fs::{Cache, Settings};
 use crate::owner::{Ids, Owners};
 use crate::sandbox::OWN_DESCRIPTORS;
+use crate::xattrmap::XattrMap;
 
+mod compat;
 mod refused;
 mod translate;
 
@@ -56,6 +59,9 @@ const A_WHILE: Duration = Duration::from_secs(60);
 pub struct Args {
     #[command(flatten)]
     socket: Socket,
+    /// Members of this group, by name or number, may connect to the socket of --socket-path
+    #[arg(long, value_name = "GROUP", conflicts_with = "fd")]
+    pub socket_group: Option<String>,
     /// The directory, or a single file
     #[arg(long, value_name = "PATH", required_unless_present = "shared_fd")]
     pub shared_dir: Option<PathBuf>,
@@ -84,9 +90,16 @@ pub struct Args {
     /// Extended attributes
     #[arg(long)]
     pub xattr: bool,
+    /// Names of extended attributes that are others on the host: ':map:KEY:PREPEND:', or rules, one after the other, of
+    /// ':prefix|ok|bad|unsupported:client|server|all:KEY:PREPEND:'. With --xattr
+    #[arg(long, value_name = "RULES")]
+    pub xattrmap: Option<XattrMap>,
     /// Access control lists. With --xattr
     #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
     pub posix_acl: Option<Choice>,
+    /// New files have the labels of the guest's security module (SELinux) from the start. With --xattr; mostly with --xattrmap
+    #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
+    pub security_label: Option<Choice>,
     /// The guest collects what is written
     #[arg(long)]
     pub writeback: bool,
@@ -146,7 +159,7 @@ pub struct Args {
     /// Descriptors the process may have: those for open files, and up to 4096 for inodes. Otherwise a million, or what is allowed
     #[arg(long, value_name = "N")]
     pub rlimit_nofile: Option<u64>,
-    /// How inodes are kept: by a name and a few descriptors in any case, which needs no handles
+    /// Whether inodes are reached by handles of their file system, so that renaming on the host does not lose them. It takes root
     #[arg(long, value_enum, value_name = "WHEN", default_value = "never")]
     pub inode_file_handles: FileHandles,
     /// Most inodes that the guest may know at once
@@ -165,6 +178,9 @@ pub struct Args {
     /// A page in which a successor of this process finds what was agreed on with the guest
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
     pub session_fd: Option<RawFd>,
+    /// The log goes to the host's (/dev/log) instead of standard error
+    #[arg(long)]
+    pub syslog: bool,
     #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
@@ -210,13 +226,15 @@ pub enum Locks {
     Host,
 }
 
-/// Whether inodes are kept as file handles.
+/// Whether inodes are reached by file handles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FileHandles {
-    /// No
+    /// No: by their names
     Never,
-    /// Where they help: nowhere
+    /// Where the file system and the process's rights allow it
     Prefer,
+    /// Yes, or the process does not start
+    Mandatory,
 }
 
 /// Whose files are whose.
@@ -260,12 +278,24 @@ fn owner_map(text: &str) -> Result<OwnerMap, String> {
 impl Arguments for Args {
     const CAPABILITIES: Option<Capabilities> = Some(Capabilities { kind: "fs", features: &["separate-options"] });
 
+    fn words(words: Vec<OsString>) -> Result<Vec<OsString>, String> {
+        compat::words(words)
+    }
+
     fn base(&self) -> &Base {
         &self.base
     }
 
     fn socket(&self) -> Option<&Socket> {
         Some(&self.socket)
+    }
+
+    fn syslog(&self) -> bool {
+        self.syslog
+    }
+
+    fn socket_group(&self) -> Option<&str> {
+        self.socket_group.as_deref()
     }
 
     fn inherited(&self) -> Vec<RawFd> {
@@ -326,6 +356,8 @@ pub struct Config {
     pub tag: Option<String>,
     /// How it is shared.
     pub settings: Settings,
+    /// Whether inodes are reached by handles.
+    pub file_handles: FileHandles,
     /// Whose files are whose.
     pub owners: Owners,
     /// Request queues.
@@ -367,6 +399,15 @@ impl Config {
             !(translated && settings.posix_acl),
             "--translate-uid and --translate-gid cannot be used with --posix-acl: ids in access control lists are not translated"
         );
+        // Nobody else has the right to handles once confined, whatever may be possible until then.
+        let host = args.base.identity == IdentityKind::Host;
+        let file_handles = match args.inode_file_handles {
+            FileHandles::Mandatory if !host => {
+                bail!("--inode-file-handles mandatory takes root as itself, with the host's users (--owner-map exact)")
+            }
+            FileHandles::Prefer if !host => FileHandles::Never,
+            how => how,
+        };
         let descriptors = descriptors(args)?;
         let left = descriptors.saturating_sub(OWN_DESCRIPTORS);
         let (cached, nameless) = ((left / 4).min(CACHED), left / 4);
@@ -377,6 +418,7 @@ impl Config {
             watch: args.watch,
             tag: args.tag.clone(),
             settings,
+            file_handles,
             owners: owners(args, several),
             queues: args.num_request_queues.unwrap_or_else(processors),
             pool: if args.thread_pool_size == 0 { POOL } else { args.thread_pool_size },
@@ -423,6 +465,9 @@ fn owners(args: &Args, several: bool) -> Owners {
     }
 }
 
+/// Names of access control lists.
+const LISTS: [&CStr; 2] = [c"system.posix_acl_access", c"system.posix_acl_default"];
+
 fn settings(args: &Args) -> Result<Settings> {
     let cache = match args.cache {
         CachePolicy::Never => Cache::Never,
@@ -440,13 +485,21 @@ fn settings(args: &Args) -> Result<Settings> {
     ensure!(!(args.watch && cache == Cache::Never), "--watch needs a guest that keeps something: not with --cache never");
     ensure!(!(args.writeback && cache == Cache::Never), "--writeback needs a guest that keeps data: not with --cache never");
     let posix_acl = matches!(args.posix_acl, Some(Choice::Always | Choice::Auto));
+    let security_label = matches!(args.security_label, Some(Choice::Always | Choice::Auto));
+    ensure!(
+        !posix_acl || args.xattrmap.as_ref().is_none_or(|map| LISTS.iter().all(|list| map.passes(list))),
+        "--posix-acl: the host keeps to access control lists only under their own names, which --xattrmap changes. Put /ok/all/system.posix_acl_/system.posix_acl_/ in front of its rules"
+    );
     Ok(Settings {
         cache,
         timeout: args.timeout.unwrap_or(timeout),
         negative_timeout: args.negative_timeout.filter(|timeout| !timeout.is_zero()),
         read_only: args.readonly,
-        xattr: args.xattr || posix_acl,
+        xattr: args.xattr || posix_acl || security_label || args.xattrmap.is_some(),
+        xattrmap: args.xattrmap.clone(),
         posix_acl,
+        security_label,
+        security_label_required: args.security_label == Some(Choice::Always),
         writeback: args.writeback,
         allow_direct_io: args.allow_direct_io,
         allow_mmap: args.allow_mmap,

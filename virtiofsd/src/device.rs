@@ -16,7 +16,7 @@ use crate::args::{Config, TAG};
 use crate::fs::{Share, Thread};
 use crate::pool::{Jobs, Pool, work};
 use crate::queue::FsQueue;
-use crate::sandbox::{POOL, POOL_OF_MANY, QUEUE, QUEUE_OF_MANY};
+use crate::sandbox::{POOL, POOL_BY_HANDLE, POOL_OF_MANY, QUEUE, QUEUE_BY_HANDLE, QUEUE_OF_MANY};
 use crate::sys;
 
 /// The virtio device id of a file system.
@@ -49,7 +49,11 @@ impl Fs {
         let share = Arc::new(share);
         // Asked once, before there are filters.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let (queue, pool) = if several { (QUEUE_OF_MANY, POOL_OF_MANY) } else { (QUEUE, POOL) };
+        let (queue, pool) = match (several, share.tree.reaches_by_handle()) {
+            (_, true) => (QUEUE_BY_HANDLE, POOL_BY_HANDLE),
+            (true, false) => (QUEUE_OF_MANY, POOL_OF_MANY),
+            (false, false) => (QUEUE, POOL),
+        };
         let start = |role: &str, name: String, body: Box<dyn FnOnce(Thread) + Send>| {
             let begin = move |thread: Result<Thread>| match thread {
                 Ok(thread) => body(thread),

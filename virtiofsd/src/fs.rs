@@ -27,6 +27,7 @@ use crate::tree::Tree;
 use crate::tree::node::Kind;
 use crate::waiting::Waiting;
 use crate::watch::Watch;
+use crate::xattrmap::XattrMap;
 
 mod change;
 mod dir;
@@ -56,8 +57,14 @@ pub struct Settings {
     pub read_only: bool,
     /// Extended attributes.
     pub xattr: bool,
+    /// Names of them that are others on the host.
+    pub xattrmap: Option<XattrMap>,
     /// Access control lists.
     pub posix_acl: bool,
+    /// Files have labels of the guest's security module from the start.
+    pub security_label: bool,
+    /// A guest that cannot do that is turned away.
+    pub security_label_required: bool,
     /// The guest may collect writes.
     pub writeback: bool,
     /// The guest may pass the host's page cache by.
@@ -242,7 +249,7 @@ impl Share {
 
     /// How requests of this session are to be read.
     pub fn dialect(&self) -> Dialect {
-        Dialect { setxattr_ext: self.agreed(init::SETXATTR_EXT) }
+        Dialect { setxattr_ext: self.agreed(init::SETXATTR_EXT), security_ctx: self.agreed(init::SECURITY_CTX) }
     }
 
     /// Whether both sides can do this.

@@ -24,6 +24,7 @@
 //! | `tree` | inodes and open files: what a successor has to know | any thread, a part of it under a lock |
 //! | [`owner`], [`identity`] | whose files are whose; as whom a thread makes them | the thread |
 //! | [`share`] | the share, before and after the process is confined | - |
+//! | [`xattrmap`] | names of attributes that are others on the host |
 //! | `magic` | the way from a descriptor that is a path only to its file | - |
 //! | `sys` | system calls without a safe wrapper | - |
 //!
@@ -60,3 +61,4 @@ mod sys;
 mod tree;
 pub mod waiting;
 mod watch;
+pub mod xattrmap;

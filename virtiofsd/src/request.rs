@@ -43,6 +43,9 @@ pub const MAX_XATTR: u32 = 65536;
 /// Most bytes of an ioctl, in each direction. Those that mean something to a file system have a few dozen.
 pub const MAX_IOCTL: u32 = 4096;
 
+/// Longest label of a file, in bytes: a page, as Linux has it.
+pub const MAX_LABEL: usize = 4096;
+
 /// Bytes of both sides of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
@@ -93,6 +96,8 @@ impl<'a> Name<'a> {
 pub struct Dialect {
     /// `FUSE_SETXATTR_EXT`: the longer form of that message.
     pub setxattr_ext: bool,
+    /// `FUSE_SECURITY_CTX`: what is made may have a label.
+    pub security_ctx: bool,
 }
 
 /// A checked request.
@@ -108,8 +113,18 @@ pub struct Request<'a> {
     pub gid: u32,
     /// The one supplementary group that matters where something is made (`FUSE_EXT_GROUPS`).
     pub group: Option<u32>,
+    /// The label of what is made (`FUSE_SECURITY_CTX`).
+    pub label: Option<Label<'a>>,
     /// What is asked.
     pub operation: Operation<'a>,
+}
+
+/// What a security module of the guest says of a file: an extended attribute, and its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the above")]
+pub struct Label<'a> {
+    pub name: &'a CStr,
+    pub value: &'a [u8],
 }
 
 /// What is asked, with what it takes. Sizes are at most what the chain has room for.

@@ -9,6 +9,7 @@ use sandbox::{GETXATTRAT, LISTXATTRAT, REMOVEXATTRAT, SETXATTRAT};
 
 use crate::args::{MAX_POOL, MAX_QUEUES};
 use crate::fs::ioctl as commands;
+use crate::sys;
 use crate::tree::handle::KEPT;
 
 /// The role of the threads that serve queues.
@@ -22,6 +23,12 @@ pub const QUEUE_OF_MANY: &str = "queue of many users";
 
 /// The same where the process is several users.
 pub const POOL_OF_MANY: &str = "slow of many users";
+
+/// The same of several users where inodes are reached by their handles.
+pub const QUEUE_BY_HANDLE: &str = "queue by handle";
+
+/// The same of several users where inodes are reached by their handles.
+pub const POOL_BY_HANDLE: &str = "slow by handle";
 
 /// Descriptors of each queue: two ends of a bell, one of outcomes, three of the ring, and one to spare.
 const PER_QUEUE: u64 = 7;
@@ -103,7 +110,7 @@ const FILES: &[Rule] = &[
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::SET_FLAGS)], "flags of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::GET_MORE)], "flags and project of a file"),
     allow_if(libc::SYS_ioctl, &[When::Is(1, commands::SET_MORE)], "flags and project of a file"),
-    allow_if(libc::SYS_name_to_handle_at, BELOW, "telling directories apart that are watched"),
+    allow_if(libc::SYS_name_to_handle_at, BELOW, "what the file system calls a file"),
     allow_if(libc::SYS_fanotify_mark, &[When::Not(3, HERE)], "watching directories"),
     allow(libc::SYS_umask, "what a guest's user does not want new files to have"),
     allow(libc::SYS_munmap, "guest memory that is given up, by whoever had it last"),
@@ -119,6 +126,13 @@ const USERS: &[Rule] = &[
     allow(libc::SYS_capset, "keeping a set-group-id bit that a guest's root sets"),
 ];
 
+/// In no other filter: whoever may do so, and has the right to it, can make up a handle of any file of the file system.
+const HANDLES: &[Rule] = &[allow_if(
+    libc::SYS_open_by_handle_at,
+    &[When::Not(0, HERE), When::Is(2, sys::BY_HANDLE.cast_unsigned())],
+    "a file by what the file system calls it, as a path only",
+)];
+
 /// The process reaches its share and nothing else.
 pub const POLICY: Policy = Policy {
     name: "outboard-virtiofsd",
@@ -130,5 +144,7 @@ pub const POLICY: Policy = Policy {
         (POOL, &[RUNTIME, FILES]),
         (QUEUE_OF_MANY, &[RUNTIME, RINGS, FILES, USERS]),
         (POOL_OF_MANY, &[RUNTIME, FILES, USERS]),
+        (QUEUE_BY_HANDLE, &[RUNTIME, RINGS, FILES, USERS, HANDLES]),
+        (POOL_BY_HANDLE, &[RUNTIME, FILES, USERS, HANDLES]),
     ],
 };

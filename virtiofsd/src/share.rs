@@ -7,10 +7,10 @@ use rustix::fs::{CWD, FileType, fstat};
 use rustix::rand::{GetRandomFlags, getrandom};
 use sandbox::{Access, Detach, Reach, detach};
 
-use crate::args::{Config, Place};
+use crate::args::{Config, FileHandles, Place};
 use crate::fs::{Session, Share};
 use crate::magic::Magic;
-use crate::tree::{Budget, Tree};
+use crate::tree::{Budget, Tree, file_handle};
 use crate::watch::Watch;
 
 /// A share that was taken out of the tree it is in.
@@ -20,6 +20,8 @@ pub struct Opened {
     one_mount: bool,
     magic: Magic,
     watch: Option<Watch>,
+    /// The share, open for reading, where its inodes are reached by handles.
+    by_handle: Option<OwnedFd>,
 }
 
 impl Opened {
@@ -41,9 +43,24 @@ impl Opened {
         if !matches!(kind, FileType::Directory | FileType::RegularFile) {
             bail!("Cannot share {}: it is neither a directory nor a file", config.place);
         }
+        let magic = Magic::open()?;
+        let by_handle = match config.file_handles {
+            FileHandles::Never => None,
+            how => match file_handle::probe(&root, &magic) {
+                Ok(share) => Some(share),
+                Err(errno) if how == FileHandles::Prefer => {
+                    tracing::info!("Inodes are reached by their names alone: {errno}");
+                    None
+                }
+                Err(errno) => bail!(
+                    "Cannot reach inodes of {} by their handles (--inode-file-handles=mandatory): {errno}. It takes a file system that has some, and root as itself",
+                    config.place
+                ),
+            },
+        };
         let watch = config.watch.then(Watch::new).transpose();
         let watch = watch.context("Cannot watch what this host changes: the kernel was built without fanotify, or /proc/sys/fs/fanotify/max_user_groups is used up")?;
-        Ok(Opened { root, one_mount, magic: Magic::open()?, watch })
+        Ok(Opened { root, one_mount, magic, watch, by_handle })
     }
 
     /// What stays within reach.
@@ -68,8 +85,11 @@ impl Opened {
             orphans: usize::try_from(config.max_nameless).unwrap_or(usize::MAX),
             handles: config.max_handles,
         };
-        let tree =
+        let mut tree =
             Tree::new(self.root, budget, self.one_mount, bytes.map(u64::from_ne_bytes)).context("Cannot look at the share")?;
+        if let Some(share) = self.by_handle {
+            tree.reach_by_handle(share);
+        }
         Ok(Share::new(tree, (self.magic, self.watch), session, config.settings.clone(), config.owners.clone()))
     }
 }

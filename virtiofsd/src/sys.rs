@@ -88,48 +88,76 @@ pub(crate) fn removexattrat(dir: BorrowedFd<'_>, path: &CStr, name: &CStr) -> Re
     check(unsafe { libc::syscall(REMOVEXATTRAT, fd, path, 0, name.as_ptr()) }).map(drop)
 }
 
-/// What a file system calls a file, whatever its names.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct FileHandle(Box<[u8]>);
+/// Most bytes of a file handle (`MAX_HANDLE_SZ`).
+const MAX_HANDLE: usize = 128;
 
-impl FileHandle {
-    /// Of so many bytes that a file system understands, in the way of this kind. None if they are too many for any.
-    pub(crate) fn new(kind: i32, bytes: &[u8]) -> Option<FileHandle> {
-        (bytes.len() <= HANDLE).then(|| FileHandle([&kind.to_ne_bytes(), bytes].concat().into()))
+const AT_HANDLE_FID: i32 = 0x200;
+
+/// How a file is opened by its handle: as a path only.
+pub(crate) const BY_HANDLE: i32 = libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW;
+
+/// `struct file_handle`, with as much room as there may have to be.
+#[repr(C)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RawHandle {
+    len: u32,
+    pub(crate) kind: i32,
+    bytes: [u8; MAX_HANDLE],
+}
+
+impl RawHandle {
+    /// One with this content.
+    pub(crate) fn new(kind: i32, content: &[u8]) -> Result<RawHandle, Errno> {
+        let mut bytes = [0; MAX_HANDLE];
+        bytes.get_mut(..content.len()).ok_or(Errno::OVERFLOW)?.copy_from_slice(content);
+        Ok(RawHandle { len: u32::try_from(content.len()).map_err(|_| Errno::OVERFLOW)?, kind, bytes })
+    }
+
+    /// What it consists of.
+    pub(crate) fn content(&self) -> &[u8] {
+        usize::try_from(self.len).ok().and_then(|len| self.bytes.get(..len)).unwrap_or_default()
     }
 }
 
-/// Bytes of the longest handle (`MAX_HANDLE_SZ`).
-const HANDLE: usize = 128;
-
-/// `AT_HANDLE_FID`: it is to tell files apart, not to open one. Since Linux 6.5.
-const TO_TELL_APART: i32 = 0x200;
-
-/// The handle of what a descriptor refers to.
+/// The handle of the file of a name, or of a descriptor if the name is empty. No link is followed.
 ///
 /// # Errors
-/// `EOPNOTSUPP` if the file system has none.
-pub(crate) fn file_handle(file: BorrowedFd<'_>) -> Result<FileHandle, Errno> {
-    #[repr(C)]
-    struct Room {
-        bytes: u32,
-        kind: i32,
-        handle: [u8; HANDLE],
+/// `EOPNOTSUPP` if its file system has none.
+pub(crate) fn name_to_handle_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<RawHandle, Errno> {
+    ask_for_handle(dir, name, 0)
+}
+
+/// The same of a descriptor, only to tell its file apart from others: more file systems have those (Linux 6.5).
+///
+/// # Errors
+/// As above.
+pub(crate) fn handle_to_tell_apart(file: BorrowedFd<'_>) -> Result<RawHandle, Errno> {
+    match ask_for_handle(file, c"", AT_HANDLE_FID) {
+        Err(Errno::INVAL) => name_to_handle_at(file, c""),
+        handle => handle,
     }
-    let mut room = Room { bytes: 0, kind: 0, handle: [0; HANDLE] };
+}
+
+fn ask_for_handle(dir: BorrowedFd<'_>, name: &CStr, how: i32) -> Result<RawHandle, Errno> {
+    let mut handle = RawHandle { len: u32::try_from(MAX_HANDLE).unwrap_or_default(), kind: 0, bytes: [0; MAX_HANDLE] };
     let mut mount = 0_i32;
-    let mut ask = |flags: i32| {
-        room.bytes = 128;
-        let call = libc::SYS_name_to_handle_at;
-        // SAFETY: the path is a constant; the kernel writes the mount's number, and at most as many bytes of a handle as `room` says
-        // that it has, which it has.
-        check(unsafe { libc::syscall(call, file.as_raw_fd(), c"".as_ptr(), &raw mut room, &raw mut mount, flags) })
-    };
-    if ask(libc::AT_EMPTY_PATH | TO_TELL_APART) == Err(Errno::INVAL) {
-        ask(libc::AT_EMPTY_PATH)?;
-    }
-    let len = usize::try_from(room.bytes).map_err(|_| Errno::OVERFLOW)?;
-    FileHandle::new(room.kind, room.handle.get(..len).ok_or(Errno::OVERFLOW)?).ok_or(Errno::OVERFLOW)
+    let flags = how | if name.is_empty() { libc::AT_EMPTY_PATH } else { 0 };
+    let (fd, name) = (dir.as_raw_fd(), name.as_ptr());
+    // SAFETY: the name ends in NUL; the kernel writes at most as many bytes of the handle as its length says, which are there, and one number.
+    check(unsafe { libc::syscall(libc::SYS_name_to_handle_at, fd, name, &raw mut handle, &raw mut mount, flags) })?;
+    Ok(handle)
+}
+
+/// Opens the file of a handle, as a path only. `mount` is open for reading on its mount.
+///
+/// # Errors
+/// `ESTALE` if it is gone, `EPERM` without the right over the whole host that this takes.
+pub(crate) fn open_by_handle_at(mount: BorrowedFd<'_>, handle: &RawHandle) -> Result<OwnedFd, Errno> {
+    // SAFETY: the kernel reads the handle, which has as many bytes as it says: it is made above, and nowhere else.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw const *handle, BY_HANDLE) })?;
+    let fd = i32::try_from(fd).map_err(|_| Errno::OVERFLOW)?;
+    // SAFETY: the kernel has just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A place where the kernel reports changes of files, as the handles of the directories they are in.

@@ -24,12 +24,15 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2
 use rustix::io::Errno;
 
 use crate::request::Name;
+use crate::sys;
 
+pub(crate) mod file_handle;
 pub(crate) mod handle;
 pub(crate) mod node;
 mod shard;
 mod slots;
 
+use file_handle::FileHandle;
 use handle::Handles;
 use node::{Identity, Kind, Mounts, Node};
 use shard::{Nameless, Shard, hash};
@@ -76,6 +79,8 @@ pub(crate) struct Tree {
     pub(crate) handles: Handles,
     /// Mount points are not crossed.
     one_mount: bool,
+    /// The share, open for reading: inodes on its own mount are reached by their handles.
+    by_handle: Option<OwnedFd>,
 }
 
 /// The share itself.
@@ -136,7 +141,23 @@ impl Tree {
         let mount = mounts.number(&stat, || is_slow(&root))?;
         let root = Root { fd: Arc::new(root), kind: Kind::of(stat.stx_mode), mount };
         let handles = Handles::new(epoch, budget.handles);
-        Ok(Tree { root, shards, seed, budget, mounts, handles, one_mount })
+        Ok(Tree { root, shards, seed, budget, mounts, handles, one_mount, by_handle: None })
+    }
+
+    /// Inodes are reached by their handles from now on, by way of the share, which is open for reading.
+    pub(crate) fn reach_by_handle(&mut self, share: OwnedFd) {
+        self.by_handle = Some(share);
+    }
+
+    /// Whether they are.
+    pub(crate) fn reaches_by_handle(&self) -> bool {
+        self.by_handle.is_some()
+    }
+
+    /// What the file system calls a file that is looked at for the first time. A handle that is missing is made up for by the name.
+    fn handle_of(&self, identity: &Identity, (dir, name): (&OwnedFd, &CStr)) -> FileHandle {
+        let asked = self.by_handle.is_some() && identity.mount == self.root.mount;
+        if asked { FileHandle::of(dir.as_fd(), name).unwrap_or_default() } else { FileHandle::None }
     }
 
     /// How names are followed here.
@@ -158,13 +179,14 @@ impl Tree {
         Ok(Identity::of(stat, self.mounts.number(stat, || is_slow(file))?))
     }
 
-    /// The guest is about to learn of a file: one reference more. Gives its number.
-    pub(crate) fn refer(&self, found: &Found<'_>) -> Result<u64, Errno> {
+    /// The guest is about to learn of a file, which is here: one reference more. Gives its number.
+    pub(crate) fn refer(&self, found: &Found<'_>, here: (&OwnedFd, &CStr)) -> Result<u64, Errno> {
         let number = self.shard_of(&found.identity);
         if let Some(id) = self.refer_again(number, found) {
             return Ok(id);
         }
         self.hold(found.parent)?;
+        let handle = self.handle_of(&found.identity, here);
         let mut replaced = None;
         let referred = {
             let mut shard = self.lock(number);
@@ -178,7 +200,7 @@ impl Tree {
                 }
                 None => {
                     let most = self.budget.nodes / 64;
-                    shard.insert(node(found), most).map(|key| id_of(number, key)).ok_or(Errno::NOMEM)
+                    shard.insert(Node { handle, ..node(found) }, most).map(|key| id_of(number, key)).ok_or(Errno::NOMEM)
                 }
             }
         };
@@ -323,13 +345,26 @@ impl Tree {
     }
 
     /// A descriptor of an inode, opened as a path only.
+    ///
+    /// Directories are reached by their handles, where they have some. Files are so only if their names do not lead to them any more: a
+    /// file that nobody has reached by a name lately has no place in the tree then, and Landlock lets it have no other name.
     pub(crate) fn fd(&self, id: u64) -> Result<Arc<OwnedFd>, Errno> {
+        match self.fd_by_names(id) {
+            Err(Errno::STALE) => self.keep(id, self.open_by_handle(id, |_| true).ok_or(Errno::STALE)?),
+            fd => fd,
+        }
+    }
+
+    fn fd_by_names(&self, id: u64) -> Result<Arc<OwnedFd>, Errno> {
         let mut down = Vec::new();
         let mut at = id;
         let mut fd = loop {
             match self.way(at)? {
                 Way::Open(fd) => break fd,
                 Way::Named { parent, name, identity, .. } => {
+                    if let Some(file) = self.open_by_handle(at, |kind| kind == Kind::DIRECTORY) {
+                        break self.keep(at, file)?;
+                    }
                     down.push((at, name, identity));
                     at = parent;
                 }
@@ -355,6 +390,16 @@ impl Tree {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat2(dir, name, flags, Mode::empty(), self.resolve()).map_err(gone)?;
         if self.identify_open(&look(&file, c"")?, &file)? == *identity { Ok(file) } else { Err(Errno::STALE) }
+    }
+
+    /// The same by the handle of an inode of some kind, whatever name it has by now.
+    fn open_by_handle(&self, id: u64, kind: impl FnOnce(Kind) -> bool) -> Option<OwnedFd> {
+        let share = self.by_handle.as_ref()?;
+        let known = self.with(id, |node| kind(node.kind).then(|| Some((node.handle.raw()?, node.identity))).flatten());
+        let (handle, identity) = known?.ok()??;
+        let file = sys::open_by_handle_at(share.as_fd(), &handle).ok()?;
+        let found = self.identify_open(&look(&file, c"").ok()?, &file).ok()?;
+        (found == identity).then_some(file)
     }
 
     fn keep(&self, id: u64, file: OwnedFd) -> Result<Arc<OwnedFd>, Errno> {
@@ -435,7 +480,7 @@ fn is_slow(file: &OwnedFd) -> bool {
 
 fn blank(identity: Identity, kind: Kind, parent: u64) -> Node {
     let name = Box::default();
-    Node { identity, kind, warm: false, orphan: false, lookups: 1, children: 0, parent, name, fd: None }
+    Node { identity, kind, warm: false, orphan: false, lookups: 1, children: 0, parent, name, handle: FileHandle::None, fd: None }
 }
 
 fn node(found: &Found<'_>) -> Node {

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use crate::magic::Magic;
 use crate::metrics;
-use crate::sys::{self, FileHandle};
+use crate::sys::{self, RawHandle};
 
 /// Most directories. The kernel keeps each in memory.
 const MOST: usize = 8192;
@@ -56,7 +56,7 @@ pub(crate) struct Watch {
 struct Directories {
     changed: Vec<AtomicU64>,
     by_node: HashMap<u64, Option<usize>>,
-    by_file: HashMap<FileHandle, usize>,
+    by_file: HashMap<RawHandle, usize>,
 }
 
 impl Watch {
@@ -93,8 +93,8 @@ impl Watch {
         directories.by_node.get(&node).map_or(Duration::MAX, |place| self.since(&directories, *place))
     }
 
-    fn watch(&self, magic: &Magic, fd: BorrowedFd<'_>) -> Option<FileHandle> {
-        let file = sys::file_handle(fd).ok()?;
+    fn watch(&self, magic: &Magic, fd: BorrowedFd<'_>) -> Option<RawHandle> {
+        let file = sys::handle_to_tell_apart(fd).ok()?;
         let (dir, name) = magic.name(fd);
         sys::watch(self.group.as_fd(), dir, name.as_c_str(), CHANGES).ok()?;
         Some(file)
@@ -152,7 +152,7 @@ impl Watch {
 
 impl Directories {
     /// Two directories of different file systems may have the same handle: they share a place, and are not quiet if one of them is not.
-    fn place(&mut self, file: FileHandle) -> usize {
+    fn place(&mut self, file: RawHandle) -> usize {
         *self.by_file.entry(file).or_insert_with(|| {
             self.changed.push(AtomicU64::new(0));
             self.changed.len().saturating_sub(1)
@@ -166,7 +166,7 @@ struct Report {
     /// The process that did it, as far as this one may know.
     by: u32,
     /// The directory; none if it is not said.
-    file: Option<FileHandle>,
+    file: Option<RawHandle>,
 }
 
 impl Report {
@@ -179,7 +179,7 @@ impl Report {
         let file = this.get(24 + 4 + 8..).and_then(|handle| {
             let len = usize::try_from(u32::from_ne_bytes(*handle.first_chunk()?)).ok()?;
             let kind = i32::from_ne_bytes(*handle.get(4..)?.first_chunk()?);
-            FileHandle::new(kind, handle.get(8..)?.get(..len)?)
+            RawHandle::new(kind, handle.get(8..)?.get(..len)?).ok()
         });
         Some((Report { by: number(20)?, file }, rest))
     }
@@ -208,7 +208,7 @@ mod tests {
     fn reports_are_taken_one_by_one() {
         let bytes = [report(5, Some(b"a directory")), report(6, None)].concat();
         let (first, rest) = Report::take(&bytes).unwrap();
-        assert_eq!(first, Report { by: 5, file: FileHandle::new(1, b"a directory") });
+        assert_eq!(first, Report { by: 5, file: RawHandle::new(1, b"a directory").ok() });
         let (second, rest) = Report::take(rest).unwrap();
         assert_eq!((second, rest), (Report { by: 6, file: None }, &[][..]));
         assert!(Report::take(&[]).is_none() && Report::take(&bytes[..30]).is_none());
@@ -218,7 +218,7 @@ mod tests {
     fn a_change_is_remembered_and_what_the_process_does_itself_is_not_one() {
         let Ok(watch) = Watch::new() else { return };
         let watch = Watch { own: 9, ..watch };
-        let file = |name: &[u8]| FileHandle::new(1, name).unwrap();
+        let file = |name: &[u8]| RawHandle::new(1, name).unwrap();
         {
             let mut directories = watch.directories.write().unwrap();
             let (a, b) = (directories.place(file(b"a")), directories.place(file(b"b")));

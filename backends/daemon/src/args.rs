@@ -1,5 +1,6 @@
 //! The arguments that all programs share, in the words of QEMU's "backend program conventions".
 
+use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
@@ -107,11 +108,29 @@ pub trait Arguments: clap::Parser {
     /// What `--print-capabilities` says, for programs that serve a socket.
     const CAPABILITIES: Option<Capabilities> = None;
 
+    /// The words of the command line, where a program knows other ways to write some.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    fn words(words: Vec<OsString>) -> Result<Vec<OsString>, String> {
+        Ok(words)
+    }
+
     /// The shared ones.
     fn base(&self) -> &Base;
 
     /// Those about the socket, if the program serves one.
     fn socket(&self) -> Option<&Socket> {
+        None
+    }
+
+    /// The log goes to the host's, not to standard error.
+    fn syslog(&self) -> bool {
+        false
+    }
+
+    /// The group, by name or number, whose members may connect to the socket of `--socket-path`. Otherwise its owner may.
+    fn socket_group(&self) -> Option<&str> {
         None
     }
 

@@ -1,8 +1,9 @@
 //! Where frontends come from.
 
+use std::fs::Permissions;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -102,10 +103,42 @@ impl Name {
         Ok(())
     }
 
+    /// Members of a group may connect, too.
+    pub(crate) fn give_to(&self, group: &str) -> Result<()> {
+        let what = || format!("Cannot give {} to the group {group} of --socket-group", self.path.display());
+        let number = number_of(group).with_context(what)?;
+        chown(self.current(), None, Some(number)).with_context(|| match number {
+            _ if rustix::process::geteuid().is_root() => what(),
+            _ => format!("{}, which its user has to be a member of (usermod -aG), or root", what()),
+        })?;
+        std::fs::set_permissions(self.current(), Permissions::from_mode(0o660)).with_context(what)
+    }
+
+    fn current(&self) -> &Path {
+        self.aside.as_ref().unwrap_or(&self.path)
+    }
+
     /// Takes it away, whichever it is.
     pub(crate) fn remove(&self) {
-        let _already_gone = rustix::fs::unlink(self.aside.as_ref().unwrap_or(&self.path));
+        let _already_gone = rustix::fs::unlink(self.current());
     }
+}
+
+/// The number of a group, which may be given by that, or by a name of this host's own table.
+fn number_of(group: &str) -> Result<u32> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let table = std::fs::read_to_string("/etc/group").context("Cannot read /etc/group")?;
+    let number = |line: &str| {
+        let mut words = line.split(':');
+        let is = words.next()? == group;
+        words.nth(1)?.parse().ok().filter(|_| is)
+    };
+    table
+        .lines()
+        .find_map(number)
+        .ok_or_else(|| anyhow!("/etc/group has no such group; one that is kept elsewhere can be given by its number"))
 }
 
 /// A name beside `path`, always the same one: process ids are no help, since each of us is number 1 of its namespace.

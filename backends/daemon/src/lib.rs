@@ -22,6 +22,7 @@ mod endpoint;
 mod logging;
 mod parent;
 mod startup;
+mod syslog;
 
 pub use args::{Arguments, Base, Capabilities, LogFormat, LogLevel, Socket};
 pub use endpoint::listen;

@@ -4,6 +4,7 @@ use std::io::stderr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{LevelFilter, dynamic_filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
@@ -11,6 +12,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt};
 
 use crate::args::{Base, LogFormat};
+use crate::syslog;
 
 /// The target of lines that a guest or a peer can cause at will.
 const GUEST: &str = "guest";
@@ -21,18 +23,27 @@ const BURST: u32 = 20;
 /// After the burst, one line in this time: a hostile guest writes less than 10 MB of log in a day.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// Starts the log of this process.
-pub(crate) fn start(base: &Base) {
+/// Starts the log of this process: on standard error, or as `syslog` of that name.
+///
+/// # Errors
+/// When the host takes no lines.
+pub(crate) fn start(base: &Base, syslog: Option<&str>) -> Result<()> {
+    let host = syslog.map(syslog::connect).transpose()?;
     let limit = Limit::new();
     let format = base.log_format;
     let allowed = dynamic_filter_fn(move |metadata: &Metadata<'_>, _: &_| metadata.target() != GUEST || limit.allows(format));
-    let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {
-        LogFormat::Text => fmt::layer().without_time().with_target(false).with_ansi(false).with_writer(stderr).boxed(),
-        LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(stderr).boxed(),
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = match (format, host) {
+        (LogFormat::Text, Some(host)) => {
+            fmt::layer().without_time().with_target(false).with_level(false).with_ansi(false).with_writer(host).boxed()
+        }
+        (LogFormat::Json, Some(host)) => fmt::layer().json().flatten_event(true).with_writer(host).boxed(),
+        (LogFormat::Text, None) => fmt::layer().without_time().with_target(false).with_ansi(false).with_writer(stderr).boxed(),
+        (LogFormat::Json, None) => fmt::layer().json().flatten_event(true).with_writer(stderr).boxed(),
     };
     let level = LevelFilter::from_level(base.log_level.level());
     // A second start in one process (tests) keeps the first.
     let _already_started = tracing_subscriber::registry().with(lines.with_filter(allowed).with_filter(level)).try_init();
+    Ok(())
 }
 
 /// A bucket of lines.
@@ -79,6 +90,9 @@ impl Bucket {
 }
 
 fn say_suppressed(format: LogFormat, count: u64) {
+    if let Some(host) = syslog::connected() {
+        return host.say(Level::WARN, &format!("{count} lines of this kind were left out"));
+    }
     match format {
         LogFormat::Text => eprintln!(" {} {count} lines of this kind were left out", Level::WARN),
         LogFormat::Json => {

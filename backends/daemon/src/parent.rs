@@ -57,14 +57,14 @@ const RULES: &[Rule] = &[
 ];
 
 /// Runs this program again in its own namespaces, with the descriptors in `keep`, and gives its exit status.
-pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>, identity: Identity) -> Result<u8> {
+pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>, group: Option<&str>, identity: Identity) -> Result<u8> {
     let program = env::current_exe().context("Cannot find this program's own file")?;
     let inherited: Vec<_> = keep.iter().filter_map(|fd| Some((sandbox::inherited(*fd)?, *fd))).collect();
     let signals = signal_fd(&FORWARDED).context("Cannot block signals")?;
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     // Asked before the child changes it.
     let terminal = tcgetattr(&stdin).ok();
-    let (listener, mut door) = socket.map(Door::new).transpose()?.unzip();
+    let (listener, mut door) = socket.map(|path| Door::new(path, group)).transpose()?.unzip();
     let mut args: Vec<_> = env::args_os().skip(1).collect();
     let mut fds: Vec<_> = inherited.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect();
     let ready = door.iter().map(|door| ("--ready-fd", door.ready.as_fd()));
@@ -105,10 +105,14 @@ struct Door {
 }
 
 impl Door {
-    fn new(path: &Path) -> Result<(UnixListener, Door)> {
+    fn new(path: &Path, group: Option<&str>) -> Result<(UnixListener, Door)> {
         let ready = eventfd(0, EventfdFlags::CLOEXEC).context("Cannot watch for the program to serve")?;
         let (listener, name) = Name::bind(path)?;
-        Ok((listener, Door { name, ready, shown: false }))
+        let door = Door { name, ready, shown: false };
+        if let Some(group) = group {
+            door.name.give_to(group)?;
+        }
+        Ok((listener, door))
     }
 
     /// The child serves: whoever looks may come.

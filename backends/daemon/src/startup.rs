@@ -12,11 +12,11 @@ use clap_mangen::Man;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
 use rustix::process::geteuid;
 use sandbox::{Filter, IdentityKind, Needs, Policy, When, close_all_but, confine, signal_fd};
-use tracing::{debug, info, warn};
+use tracing::{Level, debug, info, warn};
 
 use crate::args::{Arguments, LogFormat};
 use crate::endpoint::Endpoint;
-use crate::{logging, parent};
+use crate::{logging, parent, syslog};
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
@@ -57,7 +57,8 @@ fn parse<A: Arguments>(policy: &Policy) -> std::result::Result<A, u8> {
     if std::env::args_os().nth(1).is_some_and(|arg| arg == "--print-man") {
         return Err(u8::from(print_man::<A>().is_err()));
     }
-    A::try_parse().map_err(|error| {
+    let words = A::words(std::env::args_os().collect()).map_err(|why| A::command().error(ErrorKind::ValueValidation, why));
+    words.and_then(A::try_parse_from).map_err(|error| {
         let _nobody_reads = error.print();
         match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,
@@ -104,14 +105,14 @@ fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startu
     inherited.extend([args.base().metrics_fd, args.base().listener_fd, args.base().ready_fd].into_iter().flatten());
     if !args.base().namespaced {
         let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
-        return parent::run(&inherited, socket, args.identity()?);
+        return parent::run(&inherited, socket, args.socket_group(), args.identity()?);
     }
     must_be_namespaced(args.base().identity)?;
     die_of_panics();
     sandbox::plain_faults();
     sandbox::one_heap();
     close_all_but(&inherited).context("Cannot close inherited descriptors")?;
-    logging::start(args.base());
+    logging::start(args.base(), args.syslog().then_some(policy.name))?;
     run(Startup { args, policy })
 }
 
@@ -120,6 +121,9 @@ fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startu
 fn die_of_panics() {
     panic::set_hook(Box::new(|what| {
         eprintln!("This is a bug: {what}");
+        if let Some(host) = syslog::connected() {
+            host.say(Level::ERROR, &format!("This is a bug: {what}"));
+        }
         sandbox::exit(PANICKED.into());
     }));
 }
@@ -142,6 +146,9 @@ fn report(error: &anyhow::Error, format: LogFormat) {
     let program = std::env::args_os().next().unwrap_or_default();
     let program = std::path::Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    if let Some(host) = syslog::connected() {
+        host.say(Level::ERROR, &chain);
+    }
     match format {
         LogFormat::Text => eprintln!("{program}: {chain}"),
         LogFormat::Json => eprintln!("{}", serde_json::json!({"level": "ERROR", "program": program, "message": chain})),

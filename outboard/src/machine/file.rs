@@ -165,6 +165,7 @@ fn share(table: &Values, dir: &Path, cpus: u8) -> Device {
         owner: table.text("owner"),
         writeback: table.yes("writeback"),
         xattr: table.yes("xattr"),
+        xattrmap: table.text("xattrmap"),
         posix_acl: table.yes("posix-acl"),
         negative_timeout: table.number("negative-timeout"),
         limits: limits(table),

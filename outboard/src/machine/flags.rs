@@ -98,6 +98,7 @@ fn share(text: &str, index: usize, dir: &Path, cpus: u8) -> Result<Device> {
             ("owner", Some(value)) => share.owner = Some(value.to_owned()),
             ("writeback", None) => share.writeback = true,
             ("xattr", None) => share.xattr = true,
+            ("xattrmap", Some(value)) => share.xattrmap = Some(value.to_owned()),
             ("posix-acl", None) => share.posix_acl = true,
             ("negative-timeout", Some(value)) => share.negative_timeout = Some(number(value, "--share", text)?.into()),
             ("limit-ops", Some(value)) => share.limits.operations = about("--share", text, disk::operations(value))?,
@@ -123,6 +124,7 @@ const SHARE_KEYS: &[&str] = &[
     "owner",
     "writeback",
     "xattr",
+    "xattrmap",
     "posix-acl",
     "negative-timeout",
     "limit-ops",
@@ -263,16 +265,15 @@ mod tests {
 
     #[test]
     fn a_share_in_flags_with_everything() {
-        let text = "path=d,tag=t,readonly,cache=never,owner=me=5,writeback,xattr,posix-acl,negative-timeout=3,limit-ops=9:20,\
+        let text = "path=d,tag=t,readonly,cache=never,owner=me=5,writeback,xattr,xattrmap=:map::user.:,posix-acl,negative-timeout=3,limit-ops=9:20,\
                     limit-bytes=1M,queues=2";
         let device = share(text, 0, Path::new("/w"), 4).unwrap();
         let Backend::Process(Program { args, share: Some(shared), .. }) = device.backend else { panic!("a share is a process") };
         assert_eq!((device.name.as_str(), device.queues, shared.path.as_path()), ("t", Some(3), Path::new("/w/d")));
         assert!(["--readonly", "--writeback", "--xattr", "--posix-acl"].into_iter().all(|word| args.contains(&word.into())));
         let words = |word: &str| args.iter().skip_while(|one| *one != word).nth(1).cloned();
-        let values =
-            ["--owner-map", "--cache", "--negative-timeout", "--limit-ops", "--limit-bytes"].map(|word| words(word).unwrap());
-        assert_eq!(values, ["me=5", "never", "3", "9:20", "1048576"]);
+        let values = ["--owner-map", "--cache", "--negative-timeout", "--limit-ops", "--limit-bytes", "--xattrmap"];
+        assert_eq!(values.map(|word| words(word).unwrap()), ["me=5", "never", "3", "9:20", "1048576", ":map::user.:"]);
         let error = |text: &str| share(text, 0, Path::new("/"), 1).unwrap_err().to_string();
         assert_eq!(error("readonly"), "--share readonly: A share needs path=PATH");
         assert_eq!(error("path=x,cache=some"), "--share path=x,cache=some: Unknown value `some`; see outboard run --help");

@@ -230,6 +230,12 @@ pub const TABLES: [Table; 6] = [
             ),
             key("writeback", Kind::Bool, "the guest collects what is written", Without::Default("false")),
             key("xattr", Kind::Bool, "extended attributes", Without::Default("false")),
+            key(
+                "xattrmap",
+                Kind::Text(None),
+                "names of extended attributes that are others on the host, as [rules](virtiofsd.md#extended-attributes)",
+                Without::Words("they are the same"),
+            ),
             key("posix-acl", Kind::Bool, "access control lists, and extended attributes", Without::Default("false")),
             key(
                 "negative-timeout",

@@ -31,6 +31,8 @@ pub struct Share {
     pub writeback: bool,
     /// Extended attributes.
     pub xattr: bool,
+    /// Names of them that are others on the host.
+    pub xattrmap: Option<String>,
     /// Access control lists.
     pub posix_acl: bool,
     /// For how many seconds the guest believes that something is not there.
@@ -59,6 +61,9 @@ impl Share {
         args.extend(["--owner-map".into(), owner.into()]);
         if let Some(cache) = &self.cache {
             args.extend(["--cache".into(), cache.into()]);
+        }
+        if let Some(rules) = &self.xattrmap {
+            args.extend(["--xattrmap".into(), rules.into()]);
         }
         if let Some(seconds) = self.negative_timeout {
             args.extend(["--negative-timeout".into(), seconds.to_string().into()]);

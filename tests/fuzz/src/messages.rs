@@ -16,13 +16,15 @@ const EXT: u8 = 1;
 const WHOLE: u8 = 2;
 /// The input describes the descriptors as they are, as for other devices.
 const RAW: u8 = 4;
+/// The session has agreed on labels of new files.
+const LABELS: u8 = 8;
 
 const LAST: u64 = i64::MAX as u64;
 
 /// A file system's requests.
 pub fn virtiofsd(mut bytes: Bytes<'_>) {
     let choices = bytes.byte();
-    let dialect = Dialect { setxattr_ext: choices & EXT != 0 };
+    let dialect = Dialect { setxattr_ext: choices & EXT != 0, security_ctx: choices & LABELS != 0 };
     let chain = if choices & RAW != 0 { rings::described(&mut bytes) } else { spread(&mut bytes, choices & WHOLE != 0) };
     let Some(chain) = chain else { return };
     let mut scratch = Scratch::new();

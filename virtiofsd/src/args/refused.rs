@@ -14,16 +14,9 @@ pub(super) struct Refused {
     seccomp: String,
     #[arg(long, value_name = "CAPABILITIES", hide = true)]
     modcaps: Option<String>,
-    #[arg(long, value_name = "GROUP", hide = true)]
-    socket_group: Option<String>,
-    #[arg(long, hide = true)]
-    syslog: bool,
-    #[arg(short = 'o', value_name = "OPTIONS", hide = true)]
+    /// Options as upstream once had them: source=DIR, cache=none, xattr and so on. None of them is for what is given by name as well
+    #[arg(short = 'o', value_name = "OPTION[,OPTION...]")]
     compat: Vec<String>,
-    #[arg(long, value_name = "RULES", hide = true)]
-    xattrmap: Option<String>,
-    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always", hide = true)]
-    security_label: Option<String>,
     #[arg(long, value_name = "MODE", hide = true)]
     migration_mode: Option<String>,
     #[arg(long, value_name = "ACTION", hide = true)]
@@ -50,22 +43,9 @@ impl Refused {
         if self.modcaps.is_some() {
             bail!("--modcaps: which capabilities are kept follows from whose files are served (--owner-map). Leave it out");
         }
-        if self.socket_group.is_some() {
-            bail!("--socket-group: put the socket into a directory that this group may enter, or hand it over with --fd");
-        }
-        if self.syslog {
-            bail!(
-                "--syslog: the log goes to standard error, where systemd and outboard take it; --log-format json is for machines"
-            );
-        }
+        // Those that stand where they are looked for have become others by now.
         if let Some(options) = self.compat.first() {
-            bail!("-o {options}: give each option by its own name, as in --cache=auto; --help lists them");
-        }
-        if self.xattrmap.is_some() {
-            bail!("--xattrmap is not known yet: without it, names of attributes are the same on both sides");
-        }
-        if self.security_label.as_deref().is_some_and(|when| when == "always") {
-            bail!("--security-label: a guest's labels would be taken for this host's. Leave it out, or say never");
+            bail!("-o {options}: -o has to be a word by itself, or to begin one");
         }
         if self.migration_mode.is_some()
             || self.migration_on_error.is_some()

@@ -24,6 +24,7 @@ impl Share {
         if change.uid.is_some() || change.gid.is_some() {
             let uid = change.uid.map(|id| self.owners.uids.to_host(id)).transpose()?.map(Uid::from_raw);
             let gid = change.gid.map(|id| self.owners.gids.to_host(id)).transpose()?.map(Gid::from_raw);
+            self.drop_capability_of(node)?;
             chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(size) = change.size {
@@ -62,6 +63,7 @@ impl Share {
             Ok(file) => file,
             Err(handle) => &handle.file,
         };
+        self.drop_capability(file)?;
         let mode = u32::from(look(file, c"")?.stx_mode);
         // They go, unless the guest says whose they may stay and this is one.
         let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && !change.kill_suidgid && mode & PRIVILEGED != 0;

@@ -91,6 +91,7 @@ impl Share {
     pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32, more: u32) -> Result<Opened, Errno> {
         let opened = self.open_regular(node, flags)?;
         if flags.cast_signed() & libc::O_TRUNC != 0 {
+            self.drop_capability(&opened.file)?;
             let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && more & flag::OPEN_KILL_SUIDGID == 0;
             thread.credentials.keeping_ids_if(keep, || ftruncate(&opened.file, 0))?;
         }
@@ -199,6 +200,7 @@ impl Share {
         if !io.patient && (handle.slow || (size > SHORT && !io.at_length)) {
             return Ok(Done::Slow);
         }
+        self.drop_capability(&handle.file)?;
         // Nobody has the right to keep these bits, unless the guest says who does and it is this one.
         let keep = self.agreed(init::HANDLE_KILLPRIV_V2)
             && write_flags & flag::WRITE_KILL_SUIDGID == 0
@@ -267,6 +269,7 @@ impl Share {
         if !io.patient {
             return Ok(Done::Slow);
         }
+        self.drop_capability(&handle.file)?;
         fallocate(&handle.file, FallocateFlags::from_bits_retain(mode), offset, length)?;
         Ok(EMPTY)
     }
@@ -294,6 +297,7 @@ impl Share {
         if !io.patient {
             return Ok(Done::Slow);
         }
+        self.drop_capability(&into.file)?;
         let most = if long { u64::MAX } else { u32::MAX.into() };
         let length = usize::try_from(length.min(most)).unwrap_or(usize::MAX);
         let (mut offset, mut to_offset) = (offset, to_offset);

@@ -1,5 +1,6 @@
 //! Requests that look at a file.
 
+use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{Statx, StatxFlags, readlinkat_raw};
@@ -9,7 +10,7 @@ use crate::abi::init;
 use crate::fs::{EMPTY, Io, Outcome, Share};
 use crate::reply;
 use crate::request::{Name, Request};
-use crate::tree::node::Kind;
+use crate::tree::node::{Identity, Kind};
 use crate::tree::{Found, Way, look};
 
 /// Bytes of the longest target of a symbolic link, and one more to see that it is no longer.
@@ -32,16 +33,16 @@ impl Share {
     pub(super) fn enter(&self, dir: u64, fd: &OwnedFd, name: Name<'_>) -> Result<[u8; 128], Errno> {
         let stat = look(fd, name.as_c_str())?;
         let identity = self.tree.identify(&stat, fd, name.as_c_str())?;
-        self.introduce(&stat, &Found { identity, kind: Kind::of(stat.stx_mode), parent: dir, name })
+        self.introduce(&stat, &Found { identity, kind: Kind::of(stat.stx_mode), parent: dir, name }, (fd, name.as_c_str()))
     }
 
     /// The same for a file that was looked at.
-    pub(super) fn introduce(&self, stat: &Statx, found: &Found<'_>) -> Result<[u8; 128], Errno> {
+    pub(super) fn introduce(&self, stat: &Statx, found: &Found<'_>, here: (&OwnedFd, &CStr)) -> Result<[u8; 128], Errno> {
         let crossed = found.kind == Kind::DIRECTORY && self.tree.mount(found.parent)? != found.identity.mount;
         if crossed && self.tree.resolve().contains(rustix::fs::ResolveFlags::NO_XDEV) {
             return Err(Errno::XDEV);
         }
-        let node = self.tree.refer(found)?;
+        let node = self.tree.refer(found, here)?;
         Ok(reply::entry(node, 0, &self.attributes(stat, crossed), self.timeouts(found.parent, node)))
     }
 
@@ -50,14 +51,20 @@ impl Share {
         match self.tree.way(node)? {
             Way::Open(fd) => look(&fd, c""),
             Way::Named { again: true, .. } => look(&self.tree.fd(node)?, c""),
-            Way::Named { parent, name, identity, .. } => {
-                let dir = self.tree.fd(parent)?;
-                let stat =
-                    look(&dir, name.as_c_str()).map_err(|errno| if errno == Errno::NOENT { Errno::STALE } else { errno })?;
-                let found = self.tree.identify(&stat, &dir, name.as_c_str())?;
-                if found == identity { Ok(stat) } else { Err(Errno::STALE) }
-            }
+            Way::Named { parent, name, identity, .. } => match self.stat_name(parent, name.as_c_str(), &identity) {
+                // It may have another name by now, or a directory above it.
+                Err(Errno::STALE) if self.tree.reaches_by_handle() => look(&self.tree.fd(node)?, c""),
+                stat => stat,
+            },
         }
+    }
+
+    /// Looks at an inode by its name.
+    fn stat_name(&self, parent: u64, name: &CStr, identity: &Identity) -> Result<Statx, Errno> {
+        let dir = self.tree.fd(parent)?;
+        let stat = look(&dir, name).map_err(|errno| if errno == Errno::NOENT { Errno::STALE } else { errno })?;
+        let found = self.tree.identify(&stat, &dir, name)?;
+        if found == *identity { Ok(stat) } else { Err(Errno::STALE) }
     }
 
     fn stat_by(&self, node: u64, handle: Option<u64>) -> Result<Statx, Errno> {

@@ -1,18 +1,22 @@
 //! Requests that make a file, or a name for one.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, linkat, makedev, mkdirat, mknodat, openat2, symlinkat};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, XattrFlags, fsetxattr, linkat, makedev, mkdirat, mknodat, openat2, symlinkat, unlinkat,
+};
 use rustix::io::Errno;
 
 use crate::abi::init;
 use crate::fs::file::Opened;
 use crate::fs::{Io, Outcome, Share, Thread};
 use crate::reply;
-use crate::request::{Name, Request};
+use crate::request::{Label, Name, Request};
+use crate::sys;
 use crate::tree::node::Kind;
 use crate::tree::{Found, look};
+use crate::xattrmap::Room;
 
 /// Permissions.
 const MODE: u32 = 0o7777;
@@ -40,6 +44,7 @@ impl Share {
         let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, umask)?;
         mkdirat(&dir, name.as_c_str(), Mode::from_raw_mode(mode & MODE))?;
+        self.label_name(request, &dir, name, Kind::DIRECTORY)?;
         io.answer(&self.enter(request.node, &dir, name)?)
     }
 
@@ -65,6 +70,8 @@ impl Share {
         }
         let device = makedev((device & 0xf_ff00) >> 8, (device & 0xff) | ((device >> 12) & 0xf_ff00));
         mknodat(&dir, name.as_c_str(), kind, Mode::from_raw_mode(mode & MODE), device)?;
+        let plain = if kind == FileType::RegularFile { Kind::REGULAR } else { Kind::SYMLINK };
+        self.label_name(request, &dir, name, plain)?;
         io.answer(&self.enter(request.node, &dir, name)?)
     }
 
@@ -79,6 +86,7 @@ impl Share {
         let dir = self.tree.directory(request.node)?;
         self.as_user(thread, request, 0)?;
         symlinkat(target, &dir, name.as_c_str())?;
+        self.label_name(request, &dir, name, Kind::SYMLINK)?;
         io.answer(&self.enter(request.node, &dir, name)?)
     }
 
@@ -100,10 +108,11 @@ impl Share {
             }
             Err(errno) => return Err(errno),
         };
+        self.label(request, &file, Kind::REGULAR).inspect_err(|_| remove(&dir, name, Kind::REGULAR))?;
         let stat = look(&file, c"")?;
         let identity = self.tree.identify_open(&stat, &file)?;
         let found = Found { identity, kind: Kind::REGULAR, parent: request.node, name };
-        let entry = self.introduce(&stat, &found)?;
+        let entry = self.introduce(&stat, &found, (&file, c""))?;
         self.hand_out(&entry, Opened { file, stat, flags }, io)
     }
 
@@ -157,12 +166,37 @@ impl Share {
         let flags = flags & !libc::O_EXCL.cast_unsigned();
         let how = (self.flags(flags) - OFlags::NOFOLLOW) | OFlags::TMPFILE;
         let file = openat2(&dir, c".", how, Mode::from_raw_mode(mode & MODE), self.tree.resolve())?;
+        self.label(request, &file, Kind::REGULAR)?;
         let stat = look(&file, c"")?;
         let identity = self.tree.identify_open(&stat, &file)?;
         let copy = rustix::io::fcntl_dupfd_cloexec(&file, 3)?;
         let node = self.tree.refer_nameless(identity, request.node, copy)?;
         let entry = reply::entry(node, 0, &self.attributes(&stat, false), self.timeouts(request.node, node));
         self.hand_out(&entry, Opened { file, stat, flags }, io)
+    }
+
+    /// What was made under a name gets its label, or is taken away again.
+    fn label_name(&self, request: &Request<'_>, dir: &OwnedFd, name: Name<'_>, kind: Kind) -> Result<(), Errno> {
+        if request.label.is_none() {
+            return Ok(());
+        }
+        let path = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = openat2(dir, name.as_c_str(), path, Mode::empty(), self.tree.resolve());
+        opened.and_then(|file| self.label(request, &file, kind)).inspect_err(|_| remove(dir, name, kind))
+    }
+
+    /// The same of what is open, whatever is said of it then.
+    fn label(&self, request: &Request<'_>, file: &OwnedFd, kind: Kind) -> Result<(), Errno> {
+        let Some(Label { name, value }) = request.label else { return Ok(()) };
+        let mut room = [0; size_of::<Room>()];
+        let name = self.xattr_name(name, &mut room)?;
+        let (magic, number) = self.magic.name(file.as_fd());
+        match sys::setxattrat(magic, number.as_c_str(), name, value, 0) {
+            // Before Linux 6.13: of what can be opened.
+            Err(Errno::NOSYS) if kind == Kind::SYMLINK => Err(Errno::OPNOTSUPP),
+            Err(Errno::NOSYS) => fsetxattr(self.magic.reopen(file.as_fd(), OFlags::RDONLY)?, name, value, XattrFlags::empty()),
+            labelled => labelled,
+        }
     }
 
     pub(super) fn link(&self, to: u64, old: u64, name: Name<'_>, io: Io<'_>) -> Outcome {
@@ -173,6 +207,12 @@ impl Share {
         linkat(magic, number.as_c_str(), &dir, name.as_c_str(), AtFlags::SYMLINK_FOLLOW)?;
         io.answer(&self.enter(to, &dir, name)?)
     }
+}
+
+/// Takes away what was made a moment ago.
+fn remove(dir: &OwnedFd, name: Name<'_>, kind: Kind) {
+    let how = if kind == Kind::DIRECTORY { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+    let _somebody_else_has = unlinkat(dir, name.as_c_str(), how);
 }
 
 /// The number of the inode that an answer introduces.

@@ -21,11 +21,19 @@ impl Share {
         if major < abi::MAJOR || minor < abi::OLDEST_MINOR {
             return Err(Errno::PROTO);
         }
+        let mut agreed = flags & self.offers;
+        if minor < abi::EXTENSIONS_MINOR {
+            // Labels would stand where nothing says that they do.
+            agreed &= !init::SECURITY_CTX;
+        }
+        if self.settings.security_label_required && agreed & init::SECURITY_CTX == 0 {
+            tracing::warn!(target: "guest", "The guest's files cannot have labels, which it takes Linux 6.3 for: --security-label=auto lets it go on without");
+            return Err(Errno::PROTO);
+        }
         if self.session.begun.swap(1, Ordering::Relaxed) != 0 {
             // A guest that begins anew has forgotten what it knew.
             self.end();
         }
-        let agreed = flags & self.offers;
         self.session.flags.store(agreed, Ordering::Relaxed);
         io.answer(&reply::init(&InitReply {
             minor: abi::NEWEST_MINOR,
@@ -84,6 +92,7 @@ pub(super) fn offers(settings: &Settings) -> u64 {
         | when(settings.readdirplus, init::DO_READDIRPLUS | init::READDIRPLUS_AUTO)
         | when(settings.writeback, init::WRITEBACK_CACHE)
         | when(settings.posix_acl, init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT)
+        | when(settings.security_label, init::SECURITY_CTX)
         | when(settings.killpriv_v2, init::HANDLE_KILLPRIV_V2)
         | when(settings.locks, init::POSIX_LOCKS | init::FLOCK_LOCKS)
         | when(settings.allow_mmap, init::DIRECT_IO_ALLOW_MMAP)

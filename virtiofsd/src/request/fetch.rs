@@ -4,7 +4,7 @@ use std::{fmt, iter};
 
 use virtio::{Buffer, Chain};
 
-use super::{Bad, Dialect, MAX_NAME, MAX_TARGET, MAX_XATTR, Operation, Request, Room, parse};
+use super::{Bad, Dialect, MAX_LABEL, MAX_NAME, MAX_TARGET, MAX_XATTR, Operation, Request, Room, parse};
 use crate::abi::{opcode, sent};
 
 /// Bytes of a header, as an index.
@@ -13,14 +13,14 @@ const HEADER: usize = 40;
 /// Most bytes of arguments in front of a name or a value; those of SETATTR are more, and alone.
 const ARGUMENTS: usize = 88;
 
-/// Bytes of the only extension there is.
-const EXTENSION: usize = 16;
+/// Most bytes of the extensions that there may be: a group; and a label with its two headers, its name, and up to a whole unit.
+const EXTENSIONS: usize = 16 + 16 + MAX_NAME + 1 + MAX_LABEL + 8;
 
 /// Most bytes of any message but the three below: a symbolic link. An ioctl and a renaming have less.
-const USUAL: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_TARGET + 1 + EXTENSION;
+const USUAL: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_TARGET + 1 + EXTENSIONS;
 
 /// Most bytes of a message with the value of an attribute.
-const LONGEST: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_XATTR as usize + EXTENSION;
+const LONGEST: usize = HEADER + ARGUMENTS + MAX_NAME + 1 + MAX_XATTR as usize;
 
 /// Room for the copy of a message, made once per thread: as large as the longest message that is usual, and from the first value of an
 /// attribute on as the longest that is no nonsense, without the data of writes (66 KiB).

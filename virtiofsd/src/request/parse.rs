@@ -1,6 +1,7 @@
 //! Each message, in the order of its number. What stands in a message behind the arguments that are known here is passed over where no
 //! name and no data follows them: that is where later versions put more.
 
+use super::extension::Extensions;
 use super::message::{Header, Message, Wrong, invalid};
 use super::{Bad, Dialect, Lock, LockKind, MAX_IOCTL, MAX_NAME, MAX_XATTR, Operation, Request, Room, SetAttr, Time, extension};
 use crate::abi::errno::{E2BIG, EFBIG, EINVAL, ENOSYS, ENXIO};
@@ -31,16 +32,17 @@ pub fn parse<'a>(bytes: &'a [u8], room: Room, dialect: Dialect) -> Result<Reques
 fn request<'a>(header: &Header, body: &'a [u8], room: Room, dialect: Dialect) -> Result<Request<'a>, Wrong> {
     let mut message = Message::new(header, body, room)?;
     message.answered_with(least_answer(header.opcode))?;
-    let mut group = None;
+    let mut extensions = Extensions::default();
     if header.makes() {
         // Elsewhere it is normal: an inode may be looked at by somebody whom a mapped mount knows no number for.
         if header.uid == u32::MAX || header.gid == u32::MAX {
             return invalid("a user or group that is none makes something");
         }
-        group = extension::group(message.cut_extensions(header.extensions)?)?;
+        extensions = extension::all(message.cut_extensions(header.extensions)?, dialect.security_ctx)?;
     }
     let Header { unique, node, uid, gid, .. } = *header;
-    Ok(Request { unique, node, uid, gid, group, operation: operation(header.opcode, &mut message, dialect)? })
+    let Extensions { group, label } = extensions;
+    Ok(Request { unique, node, uid, gid, group, label, operation: operation(header.opcode, &mut message, dialect)? })
 }
 
 /// Bytes of the answer to a message that went well, without the header and without what has a length of its own.

@@ -19,7 +19,7 @@ const GID: u32 = 100;
 /// Room for any answer.
 const AMPLE: u32 = 1 << 20;
 
-const LONG: Dialect = Dialect { setxattr_ext: true };
+const LONG: Dialect = Dialect { setxattr_ext: true, security_ctx: false };
 
 /// A header for so many bytes, and those.
 fn message_of(len: usize, opcode: u32, owner: [u32; 2], extensions: u16, body: &[u8]) -> Vec<u8> {

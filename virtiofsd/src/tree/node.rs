@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rustix::fs::Statx;
 use rustix::io::Errno;
 
+use crate::tree::file_handle::FileHandle;
+
 /// Most mounts of a share. A share with more is served, without what lies on the others.
 const MAX_MOUNTS: usize = 256;
 
@@ -66,6 +68,8 @@ pub(crate) struct Node {
     /// The directory in which it was found, and the name that it had there.
     pub(crate) parent: u64,
     pub(crate) name: Box<[u8]>,
+    /// What its file system calls it, where that is of use.
+    pub(crate) handle: FileHandle,
     /// A descriptor, opened as a path only (or, of a file that never had a name, as a file).
     pub(crate) fd: Option<Arc<OwnedFd>>,
 }

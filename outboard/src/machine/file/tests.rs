@@ -65,6 +65,7 @@ cache = "always"
 owner = "squash=7"
 writeback = true
 xattr = true
+xattrmap = ":map::user.guest.:"
 posix-acl = true
 negative-timeout = 5
 queues = 2
@@ -78,7 +79,7 @@ queues = 2
     assert_eq!(
         args(1),
         "--shared-dir /there --tag more --num-request-queues 2 --readonly --writeback --xattr --posix-acl \
-         --owner-map squash=7 --cache always --negative-timeout 5"
+         --owner-map squash=7 --cache always --xattrmap :map::user.guest.: --negative-timeout 5"
     );
     let queues: Vec<_> = machine.devices.iter().map(|device| device.queues).collect();
     assert_eq!(queues, [Some(4), Some(3)], "one more for what must not wait");

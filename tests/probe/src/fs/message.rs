@@ -98,6 +98,16 @@ impl Message {
         self
     }
 
+    /// The same with a label for what is made, and what else stands behind the message.
+    #[must_use]
+    pub fn labelled(mut self, name: &str, label: &[u8]) -> Message {
+        let mut content = [words(&[u32::try_from(label.len()).unwrap_or(u32::MAX), 0]), text(name), label.to_vec()].concat();
+        content.resize(content.len().next_multiple_of(8), 0);
+        let size = u32::try_from(8 + content.len()).unwrap_or(u32::MAX);
+        self.extension.extend([words(&[size, 1]), content].concat());
+        self
+    }
+
     /// As it goes over the wire, under a number.
     pub fn bytes(&self, unique: u64) -> Vec<u8> {
         // As Linux does: the extension begins where the last name ends, aligned to nothing.
@@ -284,6 +294,16 @@ pub fn setxattr(node: u64, name: impl AsRef<[u8]>, value: &[u8]) -> Message {
 /// GETXATTR.
 pub fn getxattr(node: u64, name: impl AsRef<[u8]>, size: u32) -> Message {
     Message::new(op::GETXATTR, node, [words(&[size, 0]), text(name)].concat())
+}
+
+/// LISTXATTR.
+pub fn listxattr(node: u64, size: u32) -> Message {
+    Message::new(op::LISTXATTR, node, words(&[size, 0]))
+}
+
+/// REMOVEXATTR.
+pub fn removexattr(node: u64, name: impl AsRef<[u8]>) -> Message {
+    Message::new(op::REMOVEXATTR, node, text(name))
 }
 
 /// BATCH_FORGET of so many, as it says.

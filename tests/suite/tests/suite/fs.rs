@@ -15,10 +15,13 @@ use rustix::process::{Signal, kill_process};
 use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Ended, Scratch, program, run, wait_for};
 
+mod attributes;
 mod contents;
 mod exercise;
 mod given;
+mod handles;
 mod killed;
+mod labels;
 mod locks;
 mod made_here;
 mod mounted;

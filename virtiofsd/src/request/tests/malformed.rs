@@ -204,6 +204,77 @@ fn other_extensions_are_refused() {
     }
 }
 
+/// An extension with one label, as Linux sends it.
+fn label(name: &[u8], value: &[u8]) -> Vec<u8> {
+    let mut content = [w(&[u32::try_from(value.len()).unwrap(), 0]), name.to_vec(), vec![0], value.to_vec()].concat();
+    content.resize(content.len().next_multiple_of(8), 0);
+    [w(&[u32::try_from(8 + content.len()).unwrap(), 1]), content].concat()
+}
+
+/// The same message where labels were agreed on.
+fn with_labels(bytes: &[u8]) -> Result<Request<'_>, Bad> {
+    let room = Room { readable: u32::try_from(bytes.len()).unwrap(), writable: AMPLE };
+    parse(bytes, room, Dialect { security_ctx: true, ..LONG })
+}
+
+fn units(extensions: &[u8]) -> u16 {
+    u16::try_from(extensions.len() / 8).unwrap()
+}
+
+#[test]
+fn one_label_may_follow_where_that_was_agreed_on() {
+    let long = vec![b'c'; MAX_LABEL];
+    for value in [&b"c"[..], b"system_u:object_r:x_t:s0\0", &long] {
+        let name = c"security.selinux";
+        let (alone, group) = (label(name.to_bytes(), value), w(&[16, 32, 1, 42]));
+        let orders =
+            [(alone.clone(), None), ([&alone[..], &group].concat(), Some(42)), ([&group[..], &alone].concat(), Some(42))];
+        for (extensions, group) in orders {
+            for bytes in making(&extensions, units(&extensions)) {
+                let request = with_labels(&bytes).unwrap();
+                assert_eq!((request.label, request.group), (Some(Label { name, value }), group));
+                assert_eq!(errno(parsed(&bytes, AMPLE)), EINVAL, "it was not agreed on");
+            }
+        }
+    }
+    for bytes in making(&w(&[8, 0]), 1).into_iter().chain(making(&[], 0)) {
+        assert_eq!(with_labels(&bytes).unwrap().label, None, "the guest has none for it");
+    }
+}
+
+#[test]
+fn other_labels_are_refused() {
+    let good = label(b"security.selinux", b"context");
+    let with = |at: usize, word: u32| [&good[..at], &w(&[word]), &good[at + 4..]].concat();
+    let cases: Vec<(&str, Vec<u8>, i32)> = vec![
+        ("twice", [&good[..], &good].concat(), EINVAL),
+        ("none, and one", [&w(&[8, 0])[..], &good].concat(), EINVAL),
+        ("two", with(4, 2), EINVAL),
+        ("most", with(4, 31), EINVAL),
+        ("none, and something", w(&[16, 0, 0, 0]), EINVAL),
+        ("nothing", w(&[8, 1]), EINVAL),
+        ("no name", w(&[16, 1, 1, 0]), EINVAL),
+        ("a name without an end", [w(&[24, 1, 1, 0]), vec![b'n'; 8]].concat(), EINVAL),
+        ("an empty name", label(b"", b"context"), EINVAL),
+        ("a long name", label(&[b'n'; 256], b"context"), ERANGE),
+        ("no bytes", label(b"security.selinux", b""), EINVAL),
+        ("more than there are", with(8, 20), EINVAL),
+        ("as many as there can be", with(8, u32::MAX), EINVAL),
+        (
+            "fewer than there are",
+            label(b"n", b"0123456789abcdef").iter().enumerate().map(|(at, byte)| if at == 8 { 3 } else { *byte }).collect(),
+            EINVAL,
+        ),
+        ("more than a page", label(b"n", &[b'c'; MAX_LABEL + 1]), EINVAL),
+        ("cut short", good[..good.len() - 8].to_vec(), EINVAL),
+    ];
+    for (what, extensions, expected) in cases {
+        for bytes in making(&extensions, units(&extensions)) {
+            assert_eq!(errno(with_labels(&bytes)), expected, "{what}");
+        }
+    }
+}
+
 /// -1 is what setresuid(2) takes for "leave it as it is", and what it is here is root.
 #[test]
 fn nobody_makes_nothing() {

@@ -193,7 +193,7 @@ fn each_kind_means_what_it_says() {
         let bytes = message(opcode, &body);
         let request = parsed(&bytes, AMPLE).unwrap_or_else(|bad| panic!("{opcode}: {bad}"));
         let group = None;
-        assert_eq!(request, Request { unique: UNIQUE, node: NODE, uid: UID, gid: GID, group, operation: meaning });
+        assert_eq!(request, Request { unique: UNIQUE, node: NODE, uid: UID, gid: GID, group, label: None, operation: meaning });
     }
 }
 

@@ -1,18 +1,21 @@
 //! What each option of our server does, as far as no other test is about it.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::geteuid;
 use serde_json::Value;
-use suite::virtiofsd::Whose;
-use suite::{Scratch, program, run};
+use suite::virtiofsd::{Virtiofsd, Whose};
+use suite::{Scratch, Server, program, run};
 use virtio::metrics::page;
 
 use super::mounted::{Mounted, can_mount, serve};
@@ -31,13 +34,16 @@ fn offered(words: &[&str]) -> (Vec<String>, u64) {
 fn a_guest_is_offered_what_was_asked_for() {
     let plain = offered(&["--thread-pool-size", "1", "--poll-limit", "0"]);
     assert_eq!(plain.1, 1);
-    let cases: [(&[&str], &str, bool); 12] = [
+    let cases: [(&[&str], &str, bool); 15] = [
         (&["--no-readdirplus"], "DO_READDIRPLUS", false),
         (&["--no-announce-submounts"], "SUBMOUNTS", false),
         (&["--no-announce-submounts", "--announce-submounts"], "SUBMOUNTS", true),
         (&["--writeback"], "WRITEBACK_CACHE", true),
         (&["--posix-acl"], "POSIX_ACL", true),
         (&["--posix-acl=never"], "POSIX_ACL", false),
+        (&["--security-label"], "SECURITY_CTX", true),
+        (&["--security-label=auto"], "SECURITY_CTX", true),
+        (&["--security-label=never"], "SECURITY_CTX", false),
         (&["--killpriv-v2"], "HANDLE_KILLPRIV_V2", true),
         (&["--killpriv-v2", "--no-killpriv-v2"], "HANDLE_KILLPRIV_V2", false),
         (&["--allow-mmap", "--cache", "never"], "DIRECT_IO_ALLOW_MMAP", true),
@@ -52,6 +58,7 @@ fn a_guest_is_offered_what_was_asked_for() {
         let usual = [
             &["--no-announce-submounts", "--announce-submounts"][..],
             &["--posix-acl=never"],
+            &["--security-label=never"],
             &["--killpriv-v2", "--no-killpriv-v2"],
         ];
         assert_eq!(has(&plain.0) == expected, usual.contains(&words), "{words:?}");
@@ -60,6 +67,32 @@ fn a_guest_is_offered_what_was_asked_for() {
         assert!(!offered(words).0.contains(&"NO_OPEN_SUPPORT".to_owned()), "{words:?}");
     }
     assert_eq!(offered(&["--num-request-queues", "3"]).1, 3);
+}
+
+/// As libvirt and others wrote it once.
+#[test]
+fn options_as_they_were_once_written() {
+    if !can_mount("-o source=") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let house = scratch.path("house");
+    fs::create_dir(&house).unwrap();
+    let mut command = Command::new(program("outboard-virtiofsd"));
+    command.args(["--tag", "house", "-o"]).arg(format!("source={},cache=none,no_readdirplus", house.display()));
+    command.args(["-oxattr,no_posix_lock", "-f"]);
+    let server = Virtiofsd::launch_ours(command, scratch.path("fs.sock"));
+    let ended = run(Command::new(program("outboard-probe")).args(["fs", "info"]).arg(&server.socket));
+    assert!(ended.code == Some(0) && !ended.out.contains("READDIRPLUS"), "{}", ended.out);
+    let socket = server.socket.clone();
+    let mut mounted = Mounted::of(scratch, &socket, Some(server), &[]);
+    let (here, there) = mounted.both("file");
+    fs::write(&there, "x").unwrap();
+    assert_eq!(fs::metadata(&here).unwrap().len(), 1);
+    fs::write(&there, "xyz").unwrap();
+    assert_eq!(fs::metadata(&here).unwrap().len(), 3, "nothing is kept");
+    rustix::fs::setxattr(&here, "user.own", b"1", rustix::fs::XattrFlags::empty()).unwrap();
+    mounted.unmount();
 }
 
 #[test]
@@ -175,7 +208,7 @@ fn mounts_that_are_not_shared() {
         let mut command = Command::new(program("outboard-virtiofsd"));
         command.arg("--shared-dir").arg(scratch.path("house")).args(words);
         let place = Scratch::new();
-        let server = suite::virtiofsd::Virtiofsd::launch_ours(command, place.path("fs.sock"));
+        let server = Virtiofsd::launch_ours(command, place.path("fs.sock"));
         let socket = server.socket.clone();
         let mut mounted = Mounted::of(place, &socket, Some(server), &[]);
         assert_eq!(fs::metadata(mounted.seen.join("inner/file")).is_ok(), seen, "{words:?}");
@@ -205,18 +238,131 @@ fn the_time_of_access() {
     }
 }
 
+/// Whoever is in the group may connect, and nobody else but the owner.
+#[test]
+fn a_socket_of_a_group() {
+    const OWNER: u32 = 1234;
+    const GROUP: u32 = 4567;
+    if !geteuid().is_root() {
+        println!("skipped: groups of a socket need root");
+        return;
+    }
+    let scratch = Scratch::new();
+    let (house, place, programs) = (scratch.path("house"), scratch.path("place"), scratch.path("programs"));
+    for folder in [&house, &place, &programs] {
+        fs::create_dir(folder).unwrap();
+        chown(folder, Some(OWNER), None).unwrap();
+        fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::set_permissions(scratch.path(""), Permissions::from_mode(0o755)).unwrap();
+    let copy = |name: &str| {
+        fs::copy(program(name), programs.join(name)).unwrap();
+        programs.join(name)
+    };
+    let (server, probe, socket) = (copy("outboard-virtiofsd"), copy("outboard-probe"), place.join("fs.sock"));
+    let by = |user: u32, groups: &str, program: &Path| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user.to_string(), "--regid", "99", "--groups", groups]).arg(program);
+        command
+    };
+    let serve = |groups: &str, group: &str| {
+        let mut command = by(OWNER, groups, &server);
+        command.arg("--shared-dir").arg(&house).args(["--tag", "house", "--socket-group", group]);
+        command
+    };
+    let (root, number) = ("root".to_owned(), GROUP.to_string());
+    let mut refused = serve("98", &number);
+    let ended = run(refused.arg("--socket-path").arg(&socket));
+    assert_eq!(ended.code, Some(1));
+    let said = "to the group 4567 of --socket-group, which its user has to be a member of (usermod -aG), or root: ";
+    assert!(ended.err.contains(said) && fs::read_dir(&place).unwrap().count() == 0, "{}", ended.err);
+    let mut unknown = serve("98", "no such group");
+    let ended = run(unknown.arg("--socket-path").arg(&socket));
+    assert!(ended.err.contains("/etc/group has no such group"), "{}", ended.err);
+    let ended = run(serve("98", &number).args(["--fd", "3"]));
+    assert!(ended.code == Some(2) && ended.err.contains("--socket-path"), "{}", ended.err);
+    for (group, gid) in [(number, GROUP), (root, 0)] {
+        let mut server = Virtiofsd::launch_ours(serve(&gid.to_string(), &group), socket.clone());
+        let about = fs::metadata(&socket).unwrap();
+        assert_eq!((about.uid(), about.gid(), about.mode() & 0o7777), (OWNER, gid, 0o660));
+        let info = |user: u32, groups: &str| run(by(user, groups, &probe).args(["fs", "info"]).arg(&socket)).code;
+        assert_eq!([info(77, &gid.to_string()), info(OWNER, "98"), info(77, "98")], [Some(0), Some(0), Some(1)]);
+        server.end();
+        assert!(!socket.exists());
+    }
+}
+
+/// Lines arrive as datagrams, and a log that nobody reads holds nothing up.
+#[test]
+fn the_log_of_the_host() {
+    if !geteuid().is_root() {
+        println!("skipped: a /dev/log of its own needs root");
+        return;
+    }
+    let scratch = Scratch::new();
+    let (house, old) = (scratch.path("house"), scratch.path("dev"));
+    for folder in [&house, &old] {
+        fs::create_dir(folder).unwrap();
+    }
+    let log = scratch.path("log");
+    let script = format!(
+        "mount --rbind /dev {0}; mount -t tmpfs tmpfs /dev; touch /dev/null; mount --bind {0}/null /dev/null; ln -s {1} /dev/log",
+        old.display(),
+        log.display()
+    );
+    let house = house.to_str().unwrap();
+    let start = |words: &[&str]| {
+        let words = [&["--shared-dir", house, "--tag", "house", "--syslog", "--log-level", "info"], words].concat();
+        Server::start_after(&script, "outboard-virtiofsd", &scratch, &words)
+    };
+    let lines = |words: &[&str]| {
+        let receiver = UnixDatagram::bind(&log).unwrap();
+        let server = start(words);
+        let pid = server.worker();
+        // More than the kernel keeps for a receiver that does not look.
+        for _ in 0..40 {
+            assert_eq!(run(Command::new(program("outboard-probe")).args(["fs", "info"]).arg(&server.socket)).code, Some(0));
+        }
+        assert_eq!(server.terminate(), Some(0));
+        receiver.set_nonblocking(true).unwrap();
+        let mut room = [0; 4096];
+        let lines =
+            std::iter::from_fn(|| receiver.recv(&mut room).ok().map(|len| String::from_utf8_lossy(&room[..len]).into_owned()));
+        let lines: Vec<String> = lines.collect();
+        fs::remove_file(&log).unwrap();
+        (pid, lines)
+    };
+    let (pid, text) = lines(&[]);
+    assert_eq!(text[0], format!("<30>outboard-virtiofsd[{pid}]: a frontend has come"));
+    let (pid, json) = lines(&["--log-format", "json"]);
+    let start = format!("<30>outboard-virtiofsd[{pid}]: ");
+    let line: Value = serde_json::from_str(json[0].strip_prefix(&start).unwrap()).unwrap();
+    assert_eq!(line["message"], "a frontend has come");
+    let mut nobody = Command::new("unshare");
+    nobody.args(["--mount", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh"]).arg(program("outboard-virtiofsd"));
+    let ended = run(nobody.args(["--shared-dir", house, "--syslog"]).arg("--socket-path").arg(scratch.path("s")));
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.err.contains("Cannot reach the host's log at /dev/log (without --syslog it is standard error)"),
+        "{}",
+        ended.err
+    );
+    assert!(!scratch.path("s").exists());
+}
+
 #[test]
 fn what_cannot_be_had_is_told_with_what_to_do() {
-    let cases: [(&[&str], &str); 16] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["--sandbox", "none"], "no way to run unconfined"),
         (&["--sandbox", "chroot"], "leave it out"),
         (&["--seccomp", "none"], "is ended, always"),
         (&["--modcaps=+sys_admin"], "--owner-map"),
-        (&["--socket-group", "kvm"], "--fd"),
-        (&["--syslog"], "standard error"),
-        (&["-o", "source=/"], "by its own name"),
-        (&["--xattrmap", ":ok:all:::"], "not known yet"),
-        (&["--security-label"], "Leave it out"),
+        (&["-o", "source=/"], "-o source=/ cannot be used with --shared-dir"),
+        (&["-osandbox=none"], "no way to run unconfined"),
+        (&["-o", "xattr", "-fo", "no_xattr"], "a word by itself"),
+        (&["-o", "xattr,vhost_user_socket=/s"], "-o vhost_user_socket=/s: there is no such option"),
+        (&["--xattrmap", ":ok:all::: :map:user.:"], "rule 2: it ends before its prepend does"),
+        (&["--xattrmap", ":map::user.virtiofs.:", "--posix-acl"], "/ok/all/system.posix_acl_/system.posix_acl_/"),
         (&["--migration-mode", "find-paths"], "not move"),
         (&["--migration-confirm-paths"], "not move"),
         (&["--rlimit-nofile", "100"], "at least"),

@@ -21,7 +21,7 @@ const OTHER: u32 = 4321;
 const NOBODY: u32 = 65534;
 
 /// A directory of an ordinary user, who serves it, mounted by root.
-fn of_a_user(words: &[&str]) -> Mounted {
+pub(super) fn of_a_user(words: &[&str]) -> Mounted {
     let scratch = Scratch::new();
     let (place, house, copy) = (scratch.path("of the user"), scratch.path("house"), scratch.path("outboard-virtiofsd"));
     // The program may be where only its builder can go.

@@ -108,6 +108,11 @@ fn nothing_is_kept_and_files_are_mapped() {
 }
 
 #[test]
+fn by_handles() {
+    is_like_the_directory_itself(&["--cache", "never", "--inode-file-handles", "mandatory", "--rlimit-nofile", "1000"], &[]);
+}
+
+#[test]
 fn past_the_page_cache() {
     is_like_the_directory_itself(&["--cache", "never", "--allow-direct-io"], &[]);
 }
