@@ -18,15 +18,20 @@ use crate::owner::{Ids, Owners};
 use crate::sandbox::OWN_DESCRIPTORS;
 use crate::xattrmap::XattrMap;
 
+mod also;
 mod compat;
 mod refused;
 mod translate;
 
+pub use also::Also;
 use refused::Refused;
 use translate::{Map, Translation};
 
 /// Most request queues. A guest uses one for each vCPU; more only cost threads.
 pub const MAX_QUEUES: u16 = 16;
+
+/// Most shares of one process.
+pub const MAX_SHARES: usize = 16;
 
 /// Most threads for what may have to wait.
 pub const MAX_POOL: u16 = 64;
@@ -181,6 +186,10 @@ pub struct Args {
     /// The log goes to the host's (/dev/log) instead of standard error
     #[arg(long)]
     pub syslog: bool,
+    /// One more share in the same process, with a socket of its own: path=DIR,socket=PATH or fd=FD, and perhaps tag=NAME and readonly. The
+    /// other options are about each
+    #[arg(long, value_name = "path=DIR,socket=PATH|fd=FD[,tag=NAME][,readonly]", conflicts_with = "session_fd")]
+    pub also: Vec<Also>,
     #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
@@ -298,6 +307,10 @@ impl Arguments for Args {
         self.socket_group.as_deref()
     }
 
+    fn more_sockets(&self) -> Vec<Socket> {
+        self.also.iter().map(Also::socket).collect()
+    }
+
     fn inherited(&self) -> Vec<RawFd> {
         [self.shared_fd, self.session_fd].into_iter().flatten().collect()
     }
@@ -383,6 +396,17 @@ pub struct Config {
 }
 
 impl Config {
+    /// What the arguments mean for each share of a process that is one user, or `several`.
+    ///
+    /// # Errors
+    /// When they do not fit together.
+    pub fn all(args: &Args, several: bool) -> Result<Vec<Config>> {
+        let first = Config::new(args, several)?;
+        ensure!(args.also.len() < MAX_SHARES, "--also: a process has at most {MAX_SHARES} shares");
+        let others = args.also.iter().map(|also| also.like(&first)).collect::<Vec<_>>();
+        Ok([first].into_iter().chain(others).collect())
+    }
+
     /// What the arguments mean for a process that is one user, or `several`.
     ///
     /// # Errors
@@ -409,7 +433,8 @@ impl Config {
             how => how,
         };
         let descriptors = descriptors(args)?;
-        let left = descriptors.saturating_sub(OWN_DESCRIPTORS);
+        let shares = args.shares();
+        let left = (descriptors / shares).saturating_sub(OWN_DESCRIPTORS);
         let (cached, nameless) = ((left / 4).min(CACHED), left / 4);
         let files = left.saturating_sub(cached).saturating_sub(nameless);
         Ok(Config {
@@ -434,12 +459,19 @@ impl Config {
     }
 }
 
+impl Args {
+    /// How many there are.
+    fn shares(&self) -> u64 {
+        u64::try_from(self.also.len()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
 fn processors() -> u16 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     u16::try_from(processors).unwrap_or(MAX_QUEUES).min(MAX_QUEUES)
 }
 
-/// The least with which something can be done.
+/// The least with which something can be done, for each share.
 const FEWEST: u64 = OWN_DESCRIPTORS + 192;
 
 /// Descriptors that are asked for where nothing was said.
@@ -448,7 +480,8 @@ const MANY: u64 = 1_000_000;
 fn descriptors(args: &Args) -> Result<u64> {
     let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(MANY);
     let wanted = args.rlimit_nofile.filter(|wanted| *wanted != 0).unwrap_or_else(|| hard.min(MANY));
-    ensure!(wanted >= FEWEST, "{wanted} descriptors are too few: at least {FEWEST} are needed (--rlimit-nofile, ulimit -n)");
+    let fewest = FEWEST * args.shares();
+    ensure!(wanted >= fewest, "{wanted} descriptors are too few: at least {fewest} are needed (--rlimit-nofile, ulimit -n)");
     Ok(wanted)
 }
 

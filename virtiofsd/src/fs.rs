@@ -136,8 +136,7 @@ impl Session {
     /// One that ends with the process.
     #[must_use]
     pub fn new() -> Session {
-        static WORDS: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-        let [begun, flags] = &WORDS;
+        let [begun, flags] = Box::leak(Box::new([const { AtomicU64::new(0) }; 2]));
         Session { begun, flags }
     }
 

@@ -68,9 +68,9 @@ pub struct Base {
     /// Which users it has there, if it is not its starter alone
     #[arg(long, hide = true, value_name = "KIND", requires = "namespaced", default_value_t)]
     pub identity: IdentityKind,
-    /// The socket of --socket-path, which the waiting parent has bound
+    /// The socket of --socket-path, which the waiting parent has bound; one for each path, if there are several
     #[arg(long, hide = true, value_name = "FD", requires = "namespaced", value_parser = clap::value_parser!(i32).range(3..))]
-    pub listener_fd: Option<RawFd>,
+    pub listener_fd: Vec<RawFd>,
     /// Where the waiting parent hears that frontends may come
     #[arg(long, hide = true, value_name = "FD", requires = "namespaced", value_parser = clap::value_parser!(i32).range(3..))]
     pub ready_fd: Option<RawFd>,
@@ -122,6 +122,11 @@ pub trait Arguments: clap::Parser {
     /// Those about the socket, if the program serves one.
     fn socket(&self) -> Option<&Socket> {
         None
+    }
+
+    /// Those of what it serves besides.
+    fn more_sockets(&self) -> Vec<Socket> {
+        Vec::new()
     }
 
     /// The log goes to the host's, not to standard error.

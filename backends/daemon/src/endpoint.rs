@@ -2,7 +2,7 @@
 
 use std::fs::Permissions;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -21,8 +21,15 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
-    pub(crate) fn open(socket: &Socket, base: &Base) -> Result<Endpoint> {
-        match (&socket.socket_path, base.listener_fd.or(socket.fd)) {
+    /// Those of all these sockets, in their order.
+    pub(crate) fn open_all(sockets: &[Socket], base: &Base) -> Result<Vec<Endpoint>> {
+        let mut bound = base.listener_fd.iter().copied();
+        let open = |socket: &Socket| Endpoint::open(socket, socket.socket_path.as_ref().and_then(|_| bound.next()));
+        sockets.iter().map(open).collect()
+    }
+
+    fn open(socket: &Socket, listener: Option<RawFd>) -> Result<Endpoint> {
+        match (&socket.socket_path, listener.or(socket.fd)) {
             (_, Some(fd)) => {
                 let socket = sandbox::inherited(fd).ok_or_else(|| anyhow!("Descriptor {fd} of --fd is not open"))?;
                 from_fd(socket).with_context(|| format!("Cannot use descriptor {fd} of --fd"))

@@ -26,7 +26,7 @@ mod syslog;
 
 pub use args::{Arguments, Base, Capabilities, LogFormat, LogLevel, Socket};
 pub use endpoint::listen;
-pub use startup::{Confined, Startup, Stopper, main};
+pub use startup::{Confined, Server, Startup, Stopper, main};
 
 /// System calls that every thread of ours needs, with the reason.
 pub mod rules {

@@ -57,21 +57,22 @@ const RULES: &[Rule] = &[
 ];
 
 /// Runs this program again in its own namespaces, with the descriptors in `keep`, and gives its exit status.
-pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>, group: Option<&str>, identity: Identity) -> Result<u8> {
+pub(crate) fn run(keep: &[RawFd], sockets: &[&Path], group: Option<&str>, identity: Identity) -> Result<u8> {
     let program = env::current_exe().context("Cannot find this program's own file")?;
     let inherited: Vec<_> = keep.iter().filter_map(|fd| Some((sandbox::inherited(*fd)?, *fd))).collect();
     let signals = signal_fd(&FORWARDED).context("Cannot block signals")?;
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     // Asked before the child changes it.
     let terminal = tcgetattr(&stdin).ok();
-    let (listener, mut door) = socket.map(|path| Door::new(path, group)).transpose()?.unzip();
+    let mut doors = Doors::new()?;
+    let listeners = sockets.iter().map(|path| doors.add(path, group)).collect::<Result<Vec<_>>>()?;
     let mut args: Vec<_> = env::args_os().skip(1).collect();
     let mut fds: Vec<_> = inherited.iter().map(|(fd, number)| (fd.as_fd(), *number)).collect();
-    let ready = door.iter().map(|door| ("--ready-fd", door.ready.as_fd()));
+    let ready = (!sockets.is_empty()).then(|| ("--ready-fd", doors.ready.as_fd()));
     if identity.kind() != IdentityKind::Own {
         args.extend(["--identity".into(), identity.kind().to_string().into()]);
     }
-    for (flag, fd) in listener.iter().map(|listener| ("--listener-fd", listener.as_fd())).chain(ready) {
+    for (flag, fd) in listeners.iter().map(|listener| ("--listener-fd", listener.as_fd())).chain(ready) {
         let number = (3..).find(|free| fds.iter().all(|(_, number)| number != free)).unwrap_or(3);
         args.extend([flag.into(), number.to_string().into()]);
         fds.push((fd, number));
@@ -87,9 +88,9 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>, group: Option<&str>, id
         identity,
     })?;
     // The child has them; a copy here would keep a connection open after its death.
-    drop((inherited, listener));
+    drop((inherited, listeners));
     give_up()?;
-    let ended = wait(child.pid, child.pidfd.as_fd(), signals.as_fd(), door.as_mut());
+    let ended = wait(child.pid, child.pidfd.as_fd(), signals.as_fd(), &mut doors);
     // Also when the child was killed before it could do so.
     if let Some(before) = terminal {
         let _gone = tcsetattr(&stdin, OptionalActions::Now, &before);
@@ -97,35 +98,40 @@ pub(crate) fn run(keep: &[RawFd], socket: Option<&Path>, group: Option<&str>, id
     ended
 }
 
-/// The name of the child's socket.
-struct Door {
-    name: Name,
+/// The names of the child's sockets.
+struct Doors {
+    names: Vec<Name>,
     ready: OwnedFd,
     shown: bool,
 }
 
-impl Door {
-    fn new(path: &Path, group: Option<&str>) -> Result<(UnixListener, Door)> {
+impl Doors {
+    fn new() -> Result<Doors> {
         let ready = eventfd(0, EventfdFlags::CLOEXEC).context("Cannot watch for the program to serve")?;
+        Ok(Doors { names: Vec::new(), ready, shown: false })
+    }
+
+    /// Binds one more.
+    fn add(&mut self, path: &Path, group: Option<&str>) -> Result<UnixListener> {
         let (listener, name) = Name::bind(path)?;
-        let door = Door { name, ready, shown: false };
-        if let Some(group) = group {
-            door.name.give_to(group)?;
+        self.names.push(name);
+        if let (Some(group), Some(name)) = (group, self.names.last()) {
+            name.give_to(group)?;
         }
-        Ok((listener, door))
+        Ok(listener)
     }
 
     /// The child serves: whoever looks may come.
     fn show(&mut self) -> Result<()> {
         self.shown = true;
-        self.name.appear()
+        self.names.iter_mut().try_for_each(Name::appear)
     }
 }
 
 /// Also when the child was killed, or never started.
-impl Drop for Door {
+impl Drop for Doors {
     fn drop(&mut self) {
-        self.name.remove();
+        self.names.iter().for_each(Name::remove);
     }
 }
 
@@ -141,11 +147,10 @@ fn give_up() -> Result<()> {
     Ok(filter.install()?)
 }
 
-fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>, mut door: Option<&mut Door>) -> Result<u8> {
+fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>, doors: &mut Doors) -> Result<u8> {
     let mut shown = Ok(());
     loop {
-        let waiting = door.as_ref().filter(|door| !door.shown);
-        let ready = waiting.map_or(child, |door| door.ready.as_fd());
+        let ready = if doors.shown { child } else { doors.ready.as_fd() };
         let mut fds = [child, signals, ready].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // An interrupted wait leaves the results empty.
         let _interrupted = poll(&mut fds, None);
@@ -156,8 +161,8 @@ fn wait(pid: i32, child: BorrowedFd<'_>, signals: BorrowedFd<'_>, mut door: Opti
         if ended {
             return shown.map(|()| status(pid));
         }
-        if ready && let Some(door) = door.as_deref_mut() {
-            shown = door.show();
+        if ready && !doors.shown {
+            shown = doors.show();
             if shown.is_err() {
                 let _already_gone = pidfd_send_signal(child, Signal::TERM);
             }

@@ -3,10 +3,11 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::{fs, io, panic, process, thread};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::error::ErrorKind;
 use clap_mangen::Man;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
@@ -14,7 +15,7 @@ use rustix::process::geteuid;
 use sandbox::{Filter, IdentityKind, Needs, Policy, When, close_all_but, confine, signal_fd};
 use tracing::{Level, debug, info, warn};
 
-use crate::args::{Arguments, LogFormat};
+use crate::args::{Arguments, LogFormat, Socket};
 use crate::endpoint::Endpoint;
 use crate::{logging, parent, syslog};
 
@@ -101,11 +102,13 @@ fn print_man<A: Arguments>() -> io::Result<()> {
 
 fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startup<A>) -> Result<u8>) -> Result<u8> {
     let mut inherited = args.inherited();
-    inherited.extend(args.socket().and_then(|socket| socket.fd));
-    inherited.extend([args.base().metrics_fd, args.base().listener_fd, args.base().ready_fd].into_iter().flatten());
+    let sockets: Vec<_> = args.socket().cloned().into_iter().chain(args.more_sockets()).collect();
+    inherited.extend(sockets.iter().filter_map(|socket| socket.fd));
+    inherited.extend(&args.base().listener_fd);
+    inherited.extend([args.base().metrics_fd, args.base().ready_fd].into_iter().flatten());
     if !args.base().namespaced {
-        let socket = args.socket().and_then(|socket| socket.socket_path.as_deref());
-        return parent::run(&inherited, socket, args.socket_group(), args.identity()?);
+        let paths: Vec<_> = sockets.iter().filter_map(|socket| socket.socket_path.as_deref()).collect();
+        return parent::run(&inherited, &paths, args.socket_group(), args.identity()?);
     }
     must_be_namespaced(args.base().identity)?;
     die_of_panics();
@@ -113,7 +116,7 @@ fn begin<A: Arguments>(args: A, policy: &'static Policy, run: impl FnOnce(Startu
     sandbox::one_heap();
     close_all_but(&inherited).context("Cannot close inherited descriptors")?;
     logging::start(args.base(), args.syslog().then_some(policy.name))?;
-    run(Startup { args, policy })
+    run(Startup { args, policy, sockets })
 }
 
 /// A panic in one thread would leave a ring that nobody serves; the process's end is noticed and mended. No trace of the stack:
@@ -160,6 +163,7 @@ fn report(error: &anyhow::Error, format: LogFormat) {
 pub struct Startup<A> {
     args: A,
     policy: &'static Policy,
+    sockets: Vec<Socket>,
 }
 
 impl<A: Arguments> Startup<A> {
@@ -204,7 +208,7 @@ impl<A: Arguments> Startup<A> {
     pub fn confine_with(self, needs: &Needs<'_>) -> Result<Confined> {
         let policy = self.policy;
         let base = self.args.base();
-        let endpoint = self.args.socket().map(|socket| Endpoint::open(socket, base)).transpose()?;
+        let endpoints = Endpoint::open_all(&self.sockets, base)?;
         let ready = base.ready_fd.map(|fd| self.inherited(fd)).transpose()?;
         let control = Filter::new(policy.control)?;
         // Blocked before there are threads, so that they inherit it.
@@ -212,7 +216,7 @@ impl<A: Arguments> Startup<A> {
         let kernel = confine(policy, needs, base.identity, base.sandbox_floor)
             .with_context(|| format!("Cannot confine {}", policy.name))?;
         debug!(landlock = kernel.landlock, mdwe = kernel.refuses_executable_memory, "confined");
-        Ok(Confined { policy, endpoint, ready, control, stop })
+        Ok(Confined { policy, endpoints, ready, control, stop })
     }
 }
 
@@ -220,7 +224,7 @@ impl<A: Arguments> Startup<A> {
 #[derive(Debug)]
 pub struct Confined {
     policy: &'static Policy,
-    endpoint: Option<Endpoint>,
+    endpoints: Vec<Endpoint>,
     /// Who shows the socket's path, when frontends may come.
     ready: Option<OwnedFd>,
     control: Filter,
@@ -280,7 +284,16 @@ impl Confined {
         prepare: impl FnOnce() -> T + Send + 'static,
         body: impl FnOnce(T) + Send + 'static,
     ) -> Result<()> {
-        let filter = Filter::new(self.policy.thread(role)?)?;
+        self.spawn_under(Filter::new(self.policy.thread(role)?)?, name, prepare, body)
+    }
+
+    fn spawn_under<T>(
+        &self,
+        filter: Filter,
+        name: String,
+        prepare: impl FnOnce() -> T + Send + 'static,
+        body: impl FnOnce(T) + Send + 'static,
+    ) -> Result<()> {
         let told = Arc::new((Mutex::new(None), Condvar::new()));
         let tell = Arc::clone(&told);
         let confined_body = move || {
@@ -330,27 +343,72 @@ impl Confined {
     ///
     /// # Errors
     /// What ended a connected frontend's service. Where the process listens, that is a log line, and it goes on.
-    pub fn serve(self, mut each: impl FnMut(UnixStream, BorrowedFd<'_>) -> Result<()>) -> Result<u8> {
-        let Confined { endpoint, ready, control, stop, .. } = self;
-        let endpoint = endpoint.context("There is no socket to serve")?;
+    pub fn serve(mut self, each: impl FnMut(UnixStream, BorrowedFd<'_>) -> Result<()>) -> Result<u8> {
+        let endpoint = self.endpoints.pop().context("There is no socket to serve")?;
+        let stop = self.begin()?;
+        serve_one(endpoint, each, stop.either.as_fd()).map(|()| 0)
+    }
+
+    /// The same on several sockets at a time, each with a server and a thread of its own, until all have ended.
+    ///
+    /// # Errors
+    /// As [`Confined::serve`], and when there are not as many servers as sockets.
+    pub fn serve_all(mut self, servers: Vec<Server>) -> Result<u8> {
+        let endpoints = std::mem::take(&mut self.endpoints);
+        ensure!(!endpoints.is_empty() && endpoints.len() == servers.len(), "There is no socket to serve");
+        let others = endpoints.len().saturating_sub(1);
+        let mut pairs = endpoints.into_iter().zip(servers);
+        let first = pairs.next();
+        let (ended, ends) = channel();
+        for (index, (endpoint, server)) in pairs.enumerate() {
+            let stop = self.stop.either.try_clone().context("Cannot watch for the end")?;
+            let ended = ended.clone();
+            let body = move |()| {
+                let _somebody_waits = ended.send(serve_one(endpoint, server, stop.as_fd()));
+                // The end of a thread takes calls that it may not make; that of the process is near.
+                loop {
+                    thread::park();
+                }
+            };
+            let name = format!("control{}", index.saturating_add(2));
+            self.spawn_under(Filter::new(self.policy.control)?, name, || (), body)?;
+        }
+        let stop = self.begin()?;
+        let served = first.map_or(Ok(()), |(endpoint, server)| serve_one(endpoint, server, stop.either.as_fd()));
+        ends.iter().take(others).fold(served, Result::and).map(|()| 0)
+    }
+
+    /// The last steps before the first byte is read.
+    fn begin(self) -> Result<Stop> {
         sandbox::leave_start_behind();
-        control.install()?;
-        if let Some(parent) = ready {
+        self.control.install()?;
+        if let Some(parent) = self.ready {
             let _without_it_nobody_comes = rustix::io::write(&parent, &1u64.to_ne_bytes());
         }
-        match endpoint {
-            Endpoint::Connected(stream) => each(stream, stop.either.as_fd())?,
-            Endpoint::Listening(listener) => {
-                while let Some(stream) = next_frontend(&listener, stop.either.as_fd())? {
-                    info!("a frontend has come");
-                    if let Err(error) = each(stream, stop.either.as_fd()) {
-                        let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
-                        warn!(target: "guest", "The frontend's connection ended: {chain}");
-                    }
+        Ok(self.stop)
+    }
+}
+
+/// Serves a frontend until it goes, or until the descriptor it is given becomes readable.
+pub type Server = Box<dyn FnMut(UnixStream, BorrowedFd<'_>) -> Result<()> + Send>;
+
+fn serve_one(
+    endpoint: Endpoint,
+    mut each: impl FnMut(UnixStream, BorrowedFd<'_>) -> Result<()>,
+    stop: BorrowedFd<'_>,
+) -> Result<()> {
+    match endpoint {
+        Endpoint::Connected(stream) => each(stream, stop),
+        Endpoint::Listening(listener) => {
+            while let Some(stream) = next_frontend(&listener, stop)? {
+                info!("a frontend has come");
+                if let Err(error) = each(stream, stop) {
+                    let chain = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+                    warn!(target: "guest", "The frontend's connection ended: {chain}");
                 }
             }
+            Ok(())
         }
-        Ok(0)
     }
 }
 

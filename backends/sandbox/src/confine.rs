@@ -27,6 +27,8 @@ pub struct Needs<'a> {
     pub keep: Option<&'a [Capability]>,
     /// Descriptors it may hold, where its arguments ask for more than the policy's number.
     pub descriptors: Option<u64>,
+    /// Threads it may have, likewise.
+    pub threads: Option<u64>,
 }
 
 /// Gives up everything that is not open, mapped or running. The process is in the namespaces [`crate::spawn`] made for `identity`, and
@@ -48,7 +50,7 @@ pub fn confine(policy: &Policy, needs: &Needs<'_>, identity: IdentityKind, floor
     empty_root()?;
     limit(&policy.limits, needs.descriptors)?;
     if !on_host {
-        set_limit(Resource::Nproc, policy.limits.threads)?;
+        set_limit(Resource::Nproc, needs.threads.unwrap_or(policy.limits.threads))?;
     }
     keep_only(kept)?;
     shut(&kernel, needs.reach)?;

@@ -107,7 +107,8 @@ fn main() -> ExitCode {
         // One user can be nobody else, and needs no right to.
         let keep: &[Capability] = if startup.identity() == IdentityKind::Own { &[] } else { POLICY.capabilities };
         let reach = [Reach { root: share.root.as_fd(), access: Access::ReadWrite }];
-        let confined = startup.confine_with(&Needs { reach: &reach, keep: Some(keep), descriptors: args.rlimit_nofile })?;
+        let confined =
+            startup.confine_with(&Needs { reach: &reach, keep: Some(keep), descriptors: args.rlimit_nofile, threads: None })?;
         let body = move || {
             println!("{}", serve(&share.root, &args));
             // The end of a thread takes calls that no filter has.

@@ -76,6 +76,9 @@ impl Share {
 }
 
 /// What a guest is offered, with these settings.
+///
+/// Not that a file is emptied as it is opened (`ATOMIC_O_TRUNC`): Linux looks whether it is a program that runs after it has been opened, and
+/// one that does not open it would believe it was emptied. The request to empty it costs little.
 pub(super) fn offers(settings: &Settings) -> u64 {
     let when = |condition: bool, flags: u64| if condition { flags } else { 0 };
     init::ASYNC_READ
@@ -97,7 +100,6 @@ pub(super) fn offers(settings: &Settings) -> u64 {
         | when(settings.locks, init::POSIX_LOCKS | init::FLOCK_LOCKS)
         | when(settings.allow_mmap, init::DIRECT_IO_ALLOW_MMAP)
         | when(settings.cache == Cache::Always, init::NO_OPENDIR_SUPPORT)
-        // Who does not open a file cannot empty it by that: then it asks for it, and hears that nothing is changed here.
-        | if settings.opens_nothing() { init::NO_OPEN_SUPPORT } else { init::ATOMIC_O_TRUNC }
+        | when(settings.opens_nothing(), init::NO_OPEN_SUPPORT)
         | when(matches!(settings.cache, Cache::Always | Cache::Metadata), init::CACHE_SYMLINKS)
 }

@@ -13,7 +13,7 @@ const SHARD_BITS: u32 = 4;
 const PLACE_BITS: u32 = 28;
 
 /// Files that are open because a guest read them that does not open files.
-pub(crate) const KEPT: usize = 32;
+pub(crate) const KEPT: usize = 24;
 
 /// An open file or directory.
 #[derive(Debug)]

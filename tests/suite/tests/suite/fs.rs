@@ -32,6 +32,7 @@ mod owners;
 mod posix;
 mod programs;
 mod room;
+mod several;
 mod watched;
 
 use mounted::{Mounted, can_mount, is_mounted, random, serve};

@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use suite::run;
 
 use super::mounted::{Mounted, can_mount, random};
@@ -232,5 +234,31 @@ fn a_database_whose_program_is_killed_again_and_again() {
         mounted.unmount();
         assert_eq!(sql(&there, "PRAGMA integrity_check;"), "ok");
         assert_eq!(sql(&there, "SELECT count(*) FROM t;"), known.to_string());
+    }
+}
+
+/// Whoever opens a file to read it may empty it by that. Were the server to do so when it is opened, as FUSE offers, it would be done before the
+/// guest's kernel has looked whether the file is a program that runs.
+#[test]
+fn a_program_that_runs_is_not_emptied() {
+    if !can_mount("a program that runs") {
+        return;
+    }
+    for words in [&["--cache", "always"][..], &[], &["--cache", "never", "--allow-mmap"]] {
+        let mut mounted = Mounted::ours(words, &[]);
+        let (here, there) = mounted.both("program");
+        fs::copy("/usr/bin/sleep", &here).unwrap();
+        let before = fs::read(&there).unwrap();
+        let mut running = Command::new(&here).arg("60").spawn().unwrap();
+        let how = OFlags::RDONLY | OFlags::TRUNC | OFlags::CLOEXEC;
+        assert_eq!(rustix::fs::open(&here, how, Mode::empty()).unwrap_err(), Errno::TXTBSY, "{words:?}");
+        assert!(fs::read(&there).unwrap() == before, "{words:?}: it has changed");
+        thread::sleep(Duration::from_millis(50));
+        assert!(running.try_wait().unwrap().is_none(), "{words:?}: it has ended");
+        running.kill().unwrap();
+        running.wait().unwrap();
+        rustix::fs::open(&here, how, Mode::empty()).unwrap();
+        assert_eq!(fs::metadata(&there).unwrap().len(), 0, "{words:?}");
+        mounted.unmount();
     }
 }
