@@ -15,9 +15,11 @@ use crate::fs::{Cache, Settings};
 use crate::owner::{Ids, Owners};
 use crate::sandbox::OWN_DESCRIPTORS;
 
+mod migration;
 mod refused;
 mod translate;
 
+use migration::Migration;
 use refused::Refused;
 use translate::{Map, Translation};
 
@@ -152,6 +154,8 @@ pub struct Args {
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
     pub session_fd: Option<RawFd>,
     #[command(flatten)]
+    migration: Migration,
+    #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
     #[command(flatten)]
@@ -261,6 +265,7 @@ impl Arguments for Args {
     /// Root is everybody, whoever else is one user, unless told otherwise.
     fn identity(&self) -> Result<Identity> {
         self.refused.check()?;
+        self.migration.check()?;
         if !self.uid_map.is_empty() || !self.gid_map.is_empty() {
             let ranges = |maps: &[Map], own: u32| -> Vec<IdRange> {
                 let range = |map: &Map| IdRange { inside: map.inside, outside: map.outside, count: map.count };
@@ -429,5 +434,6 @@ fn settings(args: &Args) -> Result<Settings> {
         readdirplus: !args.no_readdirplus && cache != Cache::Never,
         locks: args.locks == Locks::Host,
         preserve_noatime: args.preserve_noatime,
+        moving: args.migration.moving(),
     })
 }

@@ -23,6 +23,7 @@
 //! | [`fs`] | what is done with a share | - |
 //! | `tree` | inodes and open files: what a successor has to know | any thread, a part of it under a lock |
 //! | [`owner`], [`identity`] | whose files are whose; as whom a thread makes them | the thread |
+//! | [`state`] | what goes to a server on another host, as bytes; a fuzz target | - |
 //! | [`share`] | the share, before and after the process is confined | - |
 //! | `magic` | the way from a descriptor that is a path only to its file | - |
 //! | `sys` | system calls without a safe wrapper | - |
@@ -56,6 +57,7 @@ pub mod reply;
 pub mod request;
 pub mod sandbox;
 pub mod share;
+pub mod state;
 mod sys;
 mod tree;
 pub mod waiting;

@@ -127,6 +127,31 @@ pub(crate) fn ioctl(file: BorrowedFd<'_>, command: u32, buffer: &mut [u8]) -> Re
     check(done.into()).and_then(|done| u32::try_from(done).map_err(|_| Errno::OVERFLOW))
 }
 
+/// Room for what a file system calls a file (`struct file_handle`).
+#[repr(C)]
+struct FileHandle {
+    bytes: u32,
+    kind: i32,
+    handle: [u8; 128],
+}
+
+/// What the file system calls the file of a name: the same for as long as the file is there, and never again. A link is not followed.
+///
+/// # Errors
+/// The system's; `EOPNOTSUPP` if it calls files nothing.
+pub(crate) fn file_handle(dir: BorrowedFd<'_>, name: &CStr) -> Result<Vec<u8>, Errno> {
+    let mut room = FileHandle { bytes: 128, kind: 0, handle: [0; 128] };
+    let mut mount = 0_i32;
+    let (fd, path) = (dir.as_raw_fd(), name.as_ptr());
+    // SAFETY: the name ends in NUL; the kernel writes at most the 128 bytes that `room` says it has, its head, and one number.
+    let done =
+        unsafe { libc::syscall(libc::SYS_name_to_handle_at, fd, path, &raw mut room, &raw mut mount, 0) };
+    check(done)?;
+    let len = usize::try_from(room.bytes).unwrap_or(usize::MAX);
+    let handle = room.handle.get(..len).ok_or(Errno::OVERFLOW)?;
+    Ok([&room.kind.to_le_bytes(), handle].concat())
+}
+
 fn check(result: i64) -> Result<usize, Errno> {
     usize::try_from(result).map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
 }

@@ -26,11 +26,13 @@ use rustix::io::Errno;
 use crate::request::Name;
 
 pub(crate) mod handle;
+pub(crate) mod moved;
 pub(crate) mod node;
 mod shard;
 mod slots;
 
 use handle::Handles;
+use moved::Elsewhere;
 use node::{Identity, Kind, Mounts, Node};
 use shard::{Nameless, Shard, hash};
 use slots::Key;
@@ -46,7 +48,7 @@ const PLACE_BITS: u32 = 26;
 pub(crate) const LOOK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// Most directories between the share and a file that are opened one after the other to reach it.
-const MAX_DEPTH: usize = 16 * 1024;
+pub(crate) const MAX_DEPTH: usize = 16 * 1024;
 
 /// How names are followed: not at all.
 pub(crate) const RESOLVE: ResolveFlags =
@@ -76,6 +78,7 @@ pub(crate) struct Tree {
     pub(crate) handles: Handles,
     /// Mount points are not crossed.
     one_mount: bool,
+    elsewhere: Elsewhere,
 }
 
 /// The share itself.
@@ -136,7 +139,7 @@ impl Tree {
         let mount = mounts.number(&stat, || is_slow(&root))?;
         let root = Root { fd: Arc::new(root), kind: Kind::of(stat.stx_mode), mount };
         let handles = Handles::new(epoch, budget.handles);
-        Ok(Tree { root, shards, seed, budget, mounts, handles, one_mount })
+        Ok(Tree { root, shards, seed, budget, mounts, handles, one_mount, elsewhere: Elsewhere::default() })
     }
 
     /// How names are followed here.
@@ -388,7 +391,7 @@ impl Tree {
     }
 
     fn shard_of(&self, identity: &Identity) -> u64 {
-        hash(!self.seed, identity) % SHARDS
+        self.elsewhere.get(identity).unwrap_or_else(|| hash(!self.seed, identity) % SHARDS)
     }
 
     fn lock(&self, number: u64) -> MutexGuard<'_, Shard> {

@@ -24,14 +24,6 @@ pub(super) struct Refused {
     xattrmap: Option<String>,
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "always", hide = true)]
     security_label: Option<String>,
-    #[arg(long, value_name = "MODE", hide = true)]
-    migration_mode: Option<String>,
-    #[arg(long, value_name = "ACTION", hide = true)]
-    migration_on_error: Option<String>,
-    #[arg(long, hide = true)]
-    migration_verify_handles: bool,
-    #[arg(long, hide = true)]
-    migration_confirm_paths: bool,
 }
 
 impl Refused {
@@ -66,13 +58,6 @@ impl Refused {
         }
         if self.security_label.as_deref().is_some_and(|when| when == "always") {
             bail!("--security-label: a guest's labels would be taken for this host's. Leave it out, or say never");
-        }
-        if self.migration_mode.is_some()
-            || self.migration_on_error.is_some()
-            || self.migration_verify_handles
-            || self.migration_confirm_paths
-        {
-            bail!("--migration-...: open files cannot move to another host yet. Leave it out");
         }
         Ok(())
     }

@@ -2,7 +2,6 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{
@@ -98,16 +97,16 @@ impl Share {
         let asked = OFlags::from_bits_retain(flags);
         let direct = self.settings.allow_direct_io && asked.contains(OFlags::DIRECT);
         let slow = self.is_slow(node);
-        let handle = Handle {
-            file,
-            node,
-            cursor: None,
-            privileged: AtomicBool::new(u32::from(stat.stx_mode) & PRIVILEGED != 0),
-            patient: AtomicBool::new(false),
-            slow: slow || direct || asked.intersects(OFlags::SYNC | OFlags::DSYNC),
-        };
-        let number = self.tree.handles.insert(handle)?;
+        let number = self.tree.handles.insert(self.handle(node, file, &stat, asked))?;
         Ok(reply::open(number, self.open_flags(direct, slow)))
+    }
+
+    /// A file that is open with these flags.
+    pub(super) fn handle(&self, node: u64, file: OwnedFd, stat: &Statx, flags: OFlags) -> Handle {
+        let direct = self.settings.allow_direct_io && flags.contains(OFlags::DIRECT);
+        let slow = self.is_slow(node) || direct || flags.intersects(OFlags::SYNC | OFlags::DSYNC);
+        let privileged = AtomicBool::new(u32::from(stat.stx_mode) & PRIVILEGED != 0);
+        Handle { privileged, ..Handle::new(file, node, None, slow) }
     }
 
     fn open_flags(&self, direct: bool, slow: bool) -> u32 {
@@ -282,15 +281,7 @@ impl Share {
             return Err(Errno::NOSYS);
         }
         let file = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let handle = Handle {
-            file,
-            node,
-            cursor: Some(Mutex::new(0)),
-            privileged: AtomicBool::new(false),
-            patient: AtomicBool::new(false),
-            slow: false,
-        };
-        let number = self.tree.handles.insert(handle)?;
+        let number = self.tree.handles.insert(Handle::new(file, node, Some(0), false))?;
         let flags = match self.settings.cache {
             Cache::Always | Cache::Metadata => fopen::KEEP_CACHE | fopen::CACHE_DIR,
             Cache::Auto | Cache::Never => 0,

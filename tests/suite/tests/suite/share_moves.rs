@@ -1,0 +1,432 @@
+//! A guest moves from one server to another, as it does between two hosts: it goes on with the inodes and the open files that it has.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use libc::{EBADF, ESTALE, O_APPEND, O_RDONLY, O_RDWR, O_WRONLY};
+use probe::fs::message::{self, Message, ROOT, op};
+use probe::fs::raw::{Raw, Told, URGENT, long, node_of};
+use suite::{Scratch, Server, run};
+
+/// Servers of some folders.
+struct Hosts {
+    scratch: Scratch,
+    count: usize,
+}
+
+/// One of them.
+struct Host {
+    server: Server,
+    log: File,
+    _own: Scratch,
+}
+
+impl Hosts {
+    fn new() -> Hosts {
+        let scratch = Scratch::new();
+        fs::create_dir(scratch.path("house")).unwrap();
+        Hosts { scratch, count: 0 }
+    }
+
+    fn house(&self) -> PathBuf {
+        self.scratch.path("house")
+    }
+
+    /// The same files, on another host's disk.
+    fn copy(&mut self) -> PathBuf {
+        self.count += 1;
+        let there = self.scratch.path(&format!("copy{}", self.count));
+        assert_eq!(run(Command::new("cp").arg("-a").arg(self.house()).arg(&there)).code, Some(0));
+        there
+    }
+
+    fn serve(&self, folder: &Path, words: &[&str]) -> Host {
+        let own = Scratch::new();
+        let path = folder.display().to_string();
+        let fixed = ["--log-level", "warn", "--shared-dir", &path, "--num-request-queues", "2"];
+        let log = File::options().read(true).write(true).create(true).truncate(true).open(own.path("log")).unwrap();
+        let all = [&fixed, words].concat();
+        let server = Server::start_with_log("outboard-virtiofsd", &own, &all, log.try_clone().unwrap());
+        Host { server, log, _own: own }
+    }
+}
+
+impl Host {
+    fn guest(&self) -> Raw {
+        Raw::begin(self.connect(), 2).unwrap()
+    }
+
+    fn connect(&self) -> std::os::unix::net::UnixStream {
+        std::os::unix::net::UnixStream::connect(&self.server.socket).unwrap()
+    }
+
+    /// A guest that comes with a state, and is taken.
+    fn take(&self, state: &[u8]) -> Raw {
+        let taken = |device: &mut probe::device::Device| {
+            assert!(device.load_state(state)?, "the state is taken: {}", self.said());
+            Ok(())
+        };
+        Raw::open_after(self.connect(), 2, taken).unwrap()
+    }
+
+    /// A guest that comes with a state which is not taken.
+    fn refuse(&self, state: &[u8]) -> Raw {
+        let refused = |device: &mut probe::device::Device| {
+            assert!(!device.load_state(state)?, "the state is not taken");
+            Ok(())
+        };
+        Raw::open_after(self.connect(), 2, refused).unwrap()
+    }
+
+    fn said(&self) -> String {
+        let mut log = self.log.try_clone().unwrap();
+        let mut text = String::new();
+        log.rewind().unwrap();
+        log.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+fn names(reply: &[u8]) -> Vec<(String, u64)> {
+    let mut rest = reply;
+    let mut found = Vec::new();
+    while rest.len() >= 24 {
+        let (place, len) = (long(rest, 8), usize::try_from(probe::fs::raw::word(rest, 16)).unwrap());
+        found.push((String::from_utf8_lossy(&rest[24..24 + len]).into_owned(), place));
+        rest = &rest[(24 + len).next_multiple_of(8)..];
+    }
+    found
+}
+
+/// Reads a directory from a place on, in small pieces.
+fn list(guest: &mut Raw, node: u64, handle: u64, from: u64) -> Vec<String> {
+    let (mut all, mut at) = (Vec::new(), from);
+    loop {
+        let piece = names(&guest.ask(&message::readdir(node, handle, at, 512, false)).unwrap());
+        let Some((_, last)) = piece.last() else { return all };
+        at = *last;
+        all.extend(piece.into_iter().map(|(name, _)| name));
+    }
+}
+
+fn told(guest: &mut Raw, node: u64) -> Told {
+    Told::attr(&guest.ask(&message::getattr(node)).unwrap())
+}
+
+fn forget(guest: &mut Raw, node: u64, count: u64) {
+    let bytes = message::forget(node, count).bytes(guest.next_unique());
+    let ticket = guest.post_bytes(URGENT, &bytes).unwrap();
+    guest.wait(ticket).unwrap();
+}
+
+#[test]
+fn a_guest_goes_on_with_what_it_has() {
+    for same in [true, false] {
+        let mut hosts = Hosts::new();
+        let house = hosts.house();
+        fs::create_dir_all(house.join("a/b/c/d/e/f")).unwrap();
+        fs::write(house.join("a/b/c/d/e/f/deep"), "deep down").unwrap();
+        fs::write(house.join("read"), "to be read").unwrap();
+        fs::write(house.join("write"), "to be written").unwrap();
+        fs::write(house.join("add"), "begin").unwrap();
+        fs::create_dir(house.join("many")).unwrap();
+        (0..200).for_each(|n| drop(File::create(house.join(format!("many/file-{n}"))).unwrap()));
+        std::os::unix::fs::symlink("read", house.join("link")).unwrap();
+
+        let source = hosts.serve(&house, &[]);
+        let mut guest = source.guest();
+        let mut at = ROOT;
+        for name in ["a", "b", "c", "d", "e", "f"] {
+            at = guest.lookup(at, name).unwrap();
+        }
+        let (folder, deep) = (at, guest.lookup(at, "deep").unwrap());
+        let [read, write, add, link, many] = ["read", "write", "add", "link", "many"].map(|name| guest.lookup(ROOT, name).unwrap());
+        let reading = guest.open_file(read, O_RDONLY).unwrap();
+        let writing = guest.open_file(write, O_RDWR).unwrap();
+        let adding = guest.open_file(add, O_WRONLY | O_APPEND).unwrap();
+        let (made, making) = guest.create(folder, "made", O_RDWR, 0o640).unwrap();
+        guest.ask(&message::write(made, making, 0, b"made there")).unwrap();
+        let listing = long(&guest.ask(&message::opendir(many)).unwrap(), 0);
+        let first = names(&guest.ask(&message::readdir(many, listing, 0, 2048, false)).unwrap());
+        let state = guest.device.save_state().unwrap();
+
+        let there = if same { house.clone() } else { hosts.copy() };
+        let target = hosts.serve(&there, &[]);
+        drop(guest);
+        let mut guest = target.take(&state);
+        let about = told(&mut guest, deep);
+        assert_eq!((about.size, about.ino), (9, fs::metadata(there.join("a/b/c/d/e/f/deep")).unwrap().ino()));
+        assert_eq!(guest.lookup(folder, "deep").unwrap(), deep, "the number of a file stays");
+        assert_eq!(guest.lookup(ROOT, "many").unwrap(), many);
+        assert_eq!(guest.ask(&message::read(read, reading, 0, 100)).unwrap(), b"to be read");
+        guest.ask(&message::write(write, writing, 6, b"was")).unwrap();
+        assert_eq!(fs::read(there.join("write")).unwrap(), b"to be wastten");
+        guest.ask(&message::write(add, adding, 0, b", end")).unwrap();
+        assert_eq!(fs::read(there.join("add")).unwrap(), b"begin, end", "it was opened to be added to");
+        assert_ne!(guest.call(&message::write(read, reading, 0, b"x")).unwrap().error, 0, "it was opened to be read");
+        assert_eq!(guest.ask(&message::read(made, making, 0, 100)).unwrap(), b"made there");
+        assert_eq!(guest.ask(&Message::new(op::READLINK, link, [])).unwrap(), b"read");
+        let new = guest.create(folder, "new", O_RDWR, 0o600).unwrap();
+        assert!(there.join("a/b/c/d/e/f/new").exists());
+        assert!(![deep, folder, made, read, write, add, many, link].contains(&new.0));
+        assert!(![reading, writing, adding, making, listing].contains(&new.1));
+
+        // A directory is read on where it is the same one; where it is not, the guest is told so, and begins again.
+        let from = first.last().unwrap().1;
+        if same {
+            let rest = list(&mut guest, many, listing, from);
+            let mut all: Vec<_> = first.into_iter().map(|(name, _)| name).chain(rest).filter(|name| !name.starts_with('.')).collect();
+            all.sort();
+            all.dedup();
+            assert_eq!(all.len(), 200);
+        } else {
+            assert_eq!(guest.call(&message::readdir(many, listing, from, 512, false)).unwrap().error, ESTALE);
+        }
+        assert_eq!(list(&mut guest, many, listing, 0).len(), 202);
+
+        for (node, handle) in [(read, reading), (write, writing), (add, adding), (made, making)] {
+            guest.ask(&message::release(node, handle)).unwrap();
+            assert_eq!(guest.call(&message::release(node, handle)).unwrap().error, EBADF);
+        }
+        forget(&mut guest, deep, 2);
+        assert_eq!(guest.call(&message::getattr(deep)).unwrap().error, ESTALE, "its references have come along, and were given back");
+        // And on to a third, or back.
+        let state = guest.device.save_state().unwrap();
+        let third = hosts.serve(&there, &[]);
+        let mut guest = third.take(&state);
+        assert_eq!(told(&mut guest, made).size, 10);
+        assert_eq!(guest.ask(&message::read(new.0, new.1, 0, 10)).unwrap(), b"");
+    }
+}
+
+/// What the host does while the guest runs: whoever has a descriptor of a file finds it under its new name.
+#[test]
+fn names_that_the_host_has_changed() {
+    let hosts = Hosts::new();
+    let house = hosts.house();
+    fs::create_dir_all(house.join("old/inner")).unwrap();
+    fs::create_dir_all(house.join("some/where")).unwrap();
+    fs::write(house.join("old/inner/file"), "content").unwrap();
+    fs::write(house.join("other"), "another").unwrap();
+    let source = hosts.serve(&house, &[]);
+    let mut guest = source.guest();
+    let old = guest.lookup(ROOT, "old").unwrap();
+    let inner = guest.lookup(old, "inner").unwrap();
+    let file = guest.lookup(inner, "file").unwrap();
+    let other = guest.lookup(ROOT, "other").unwrap();
+    let open = guest.open_file(file, O_RDWR).unwrap();
+    let open_other = guest.open_file(other, O_RDWR).unwrap();
+    fs::rename(house.join("old"), house.join("some/where/new")).unwrap();
+    fs::rename(house.join("other"), house.join("some/strange \n name")).unwrap();
+    fs::write(house.join("other"), "not this one").unwrap();
+    let state = guest.device.save_state().unwrap_or_else(|error| panic!("{error:#}: {}", source.said()));
+    let target = hosts.serve(&house, &[]);
+    let mut guest = target.take(&state);
+    assert_eq!(guest.ask(&message::read(file, open, 0, 100)).unwrap(), b"content");
+    assert_eq!(guest.ask(&message::read(other, open_other, 0, 100)).unwrap(), b"another");
+    let some = guest.lookup(ROOT, "some").unwrap();
+    let place = guest.lookup(some, "where").unwrap();
+    assert_eq!(guest.lookup(place, "new").unwrap(), old);
+    assert_eq!(guest.lookup(inner, "file").unwrap(), file);
+}
+
+#[test]
+fn what_has_no_name_cannot_move() {
+    for (words, moves) in [(&[][..], false), (&["--migration-on-error", "abort"], false), (&["--migration-on-error", "guest-error"], true)] {
+        let hosts = Hosts::new();
+        let house = hosts.house();
+        fs::write(house.join("gone"), "unlinked").unwrap();
+        fs::write(house.join("taken"), "moved away").unwrap();
+        fs::write(house.join("here"), "stays").unwrap();
+        let source = hosts.serve(&house, words);
+        let mut guest = source.guest();
+        let [gone, taken, here] = ["gone", "taken", "here"].map(|name| guest.lookup(ROOT, name).unwrap());
+        let [open, open_taken, open_here] = [gone, taken, here].map(|node| guest.open_file(node, O_RDWR).unwrap());
+        guest.ask(&message::unlink(ROOT, "gone")).unwrap();
+        fs::rename(house.join("taken"), hosts.scratch.path("outside")).unwrap();
+        let saved = guest.device.save_state();
+        if !moves {
+            saved.unwrap_err();
+            assert!(source.said().contains("\\\"gone\\\"") || source.said().contains("\"gone\""), "{}", source.said());
+            assert!(source.said().contains("no name any more"), "{}", source.said());
+            // The guest stays, and goes on.
+            guest.device.start().unwrap();
+            assert_eq!(guest.ask(&message::read(gone, open, 0, 100)).unwrap(), b"unlinked");
+            guest.ask(&message::release(gone, open)).unwrap();
+            guest.ask(&message::release(taken, open_taken)).unwrap();
+            forget(&mut guest, gone, 1);
+            forget(&mut guest, taken, 1);
+            guest.device.save_state().expect("now it can move");
+            continue;
+        }
+        let target = hosts.serve(&house, words);
+        let mut guest = target.take(&saved.unwrap());
+        for (node, handle) in [(gone, open), (taken, open_taken)] {
+            assert_eq!(guest.call(&message::getattr(node)).unwrap().error, ESTALE);
+            assert_eq!(guest.call(&message::read(node, handle, 0, 10)).unwrap().error, EBADF);
+        }
+        assert_eq!(guest.ask(&message::read(here, open_here, 0, 100)).unwrap(), b"stays");
+        let (new, _) = guest.create(ROOT, "gone", O_RDWR, 0o600).unwrap();
+        assert_ne!(new, gone);
+        assert_eq!(guest.call(&message::getattr(gone)).unwrap().error, ESTALE);
+    }
+}
+
+#[test]
+fn what_is_not_on_the_other_host() {
+    for (words, moves) in [(&[][..], false), (&["--migration-on-error", "guest-error"], true)] {
+        let mut hosts = Hosts::new();
+        let house = hosts.house();
+        fs::create_dir_all(house.join("dir/sub")).unwrap();
+        for name in ["missing", "kept", "changed", "dir/sub/file"] {
+            fs::write(house.join(name), name).unwrap();
+        }
+        let source = hosts.serve(&house, &[]);
+        let mut guest = source.guest();
+        let [missing, kept, changed, dir] = ["missing", "kept", "changed", "dir"].map(|name| guest.lookup(ROOT, name).unwrap());
+        let sub = guest.lookup(dir, "sub").unwrap();
+        let file = guest.lookup(sub, "file").unwrap();
+        let [open_missing, open_kept, open_changed, open_file] =
+            [missing, kept, changed, file].map(|node| guest.open_file(node, O_RDWR).unwrap());
+        let state = guest.device.save_state().unwrap();
+        let there = hosts.copy();
+        fs::remove_file(there.join("missing")).unwrap();
+        fs::remove_file(there.join("changed")).unwrap();
+        assert_eq!(run(Command::new("mkfifo").arg(there.join("changed"))).code, Some(0));
+        fs::remove_dir_all(there.join("dir/sub")).unwrap();
+        std::os::unix::fs::symlink("/etc", there.join("dir/sub")).unwrap();
+        let target = hosts.serve(&there, words);
+        if !moves {
+            let mut guest = target.refuse(&state);
+            assert!(target.said().contains("is not the same here"), "{}", target.said());
+            guest.init(!0).unwrap();
+            assert_eq!(guest.call(&message::getattr(kept)).unwrap().error, ESTALE, "nothing is known of what was refused");
+            guest.lookup(ROOT, "kept").unwrap();
+            continue;
+        }
+        let mut guest = target.take(&state);
+        for (node, handle) in [(missing, open_missing), (changed, open_changed), (file, open_file)] {
+            assert_eq!(guest.call(&message::getattr(node)).unwrap().error, ESTALE);
+            assert_eq!(guest.call(&message::read(node, handle, 0, 10)).unwrap().error, EBADF);
+        }
+        assert_eq!(guest.call(&message::getattr(sub)).unwrap().error, ESTALE);
+        assert_eq!(guest.ask(&message::read(kept, open_kept, 0, 10)).unwrap(), b"kept");
+        assert_ne!(told(&mut guest, dir).ino, 0);
+    }
+}
+
+/// Its file system calls a file the same in both places, or it is not taken.
+#[test]
+fn only_the_same_files_are_taken_where_that_is_asked_for() {
+    let mut hosts = Hosts::new();
+    let house = hosts.house();
+    fs::write(house.join("file"), "content").unwrap();
+    let source = hosts.serve(&house, &["--migration-verify-handles", "--migration-confirm-paths", "--migration-mode", "find-paths"]);
+    let mut guest = source.guest();
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let state = guest.device.save_state().unwrap();
+    let there = hosts.copy();
+    let copy = hosts.serve(&there, &[]);
+    drop(copy.refuse(&state));
+    let same = hosts.serve(&house, &[]);
+    let mut guest = same.take(&state);
+    assert_eq!(told(&mut guest, file).size, 7);
+}
+
+/// Locks that are the host's stay behind, or the guest does.
+#[test]
+fn locks_of_the_host_cannot_move() {
+    let hosts = Hosts::new();
+    let house = hosts.house();
+    fs::write(house.join("file"), "content").unwrap();
+    let source = hosts.serve(&house, &["--locks", "host"]);
+    let mut guest = source.guest();
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let open = guest.open_file(file, O_RDWR).unwrap();
+    let lock = |kind: i32, flock: bool| {
+        let kind = u32::try_from(kind).unwrap();
+        let body = [message::longs(&[open, 7, 0, u64::MAX >> 1]), message::words(&[kind, 0, u32::from(flock), 0])].concat();
+        Message::new(32, file, body)
+    };
+    guest.ask(&lock(libc::F_WRLCK, true)).unwrap();
+    guest.device.save_state().unwrap_err();
+    assert!(source.said().contains("locks of this host cannot move"), "{}", source.said());
+    guest.device.start().unwrap();
+    guest.ask(&lock(libc::F_UNLCK, true)).unwrap();
+    guest.device.save_state().unwrap();
+    guest.device.start().unwrap();
+    guest.ask(&lock(libc::F_WRLCK, false)).unwrap();
+    guest.device.save_state().unwrap_err();
+}
+
+#[test]
+fn a_server_with_other_options_takes_no_guest_that_relies_on_these() {
+    let hosts = Hosts::new();
+    let source = hosts.serve(&hosts.house(), &["--writeback"]);
+    let mut guest = source.guest();
+    let state = guest.device.save_state().unwrap();
+    let target = hosts.serve(&hosts.house(), &[]);
+    let mut guest = target.refuse(&state);
+    assert!(target.said().contains("start both with the same options"), "{}", target.said());
+    guest.init(!0).unwrap();
+}
+
+/// Many more than a pipe holds, and than there are descriptors for inodes.
+#[test]
+fn a_hundred_thousand_files() {
+    const FOLDERS: usize = 200;
+    const FILES: usize = 500;
+    let hosts = Hosts::new();
+    let house = hosts.house();
+    for folder in 0..FOLDERS {
+        let folder = house.join(folder.to_string());
+        fs::create_dir(&folder).unwrap();
+        (0..FILES).for_each(|n| drop(File::create(folder.join(format!("a-file-with-number-{n}"))).unwrap()));
+    }
+    let source = hosts.serve(&house, &[]);
+    let mut guest = source.guest();
+    let mut known = Vec::new();
+    for folder in 0..FOLDERS {
+        let node = guest.lookup(ROOT, folder.to_string()).unwrap();
+        let handle = long(&guest.ask(&message::opendir(node)).unwrap(), 0);
+        let mut at = 0;
+        loop {
+            let reply = guest.ask(&message::readdir(node, handle, at, 1 << 20, true)).unwrap();
+            let mut rest = &reply[..];
+            while rest.len() >= 152 {
+                let len = usize::try_from(probe::fs::raw::word(rest, 128 + 16)).unwrap();
+                at = long(rest, 128 + 8);
+                if node_of(rest) != 0 {
+                    known.push(node_of(rest));
+                }
+                rest = &rest[(152 + len).next_multiple_of(8)..];
+            }
+            if reply.is_empty() {
+                break;
+            }
+        }
+        guest.ask(&Message::new(op::RELEASEDIR, node, message::longs(&[handle, 0, 0]))).unwrap();
+    }
+    assert_eq!(known.len(), FOLDERS * FILES);
+    let begun = Instant::now();
+    let state = guest.device.save_state().unwrap();
+    let saved = begun.elapsed();
+    assert!(state.len() > FOLDERS * FILES * 40, "{} bytes", state.len());
+    let target = hosts.serve(&house, &[]);
+    let begun = Instant::now();
+    let mut guest = target.take(&state);
+    println!("{} bytes, saved in {saved:?}, loaded in {:?}", state.len(), begun.elapsed());
+    assert!(saved + begun.elapsed() < Duration::from_secs(20));
+    for node in known.iter().step_by(997) {
+        assert_eq!(told(&mut guest, *node).size, 0);
+    }
+    // More than it has room for is refused, and leaves it as it was.
+    let small = hosts.serve(&house, &["--max-inodes", "1024"]);
+    let mut guest = small.refuse(&state);
+    guest.init(!0).unwrap();
+    guest.lookup(ROOT, "1").unwrap();
+}
