@@ -207,7 +207,7 @@ impl Share {
         let loaded = self.take_over(&state);
         self.tree.settle();
         if loaded.is_err() {
-            self.end();
+            self.tree.make_ready();
             return loaded;
         }
         self.session.begun.store(1, Ordering::Relaxed);

@@ -90,6 +90,12 @@ impl Handles {
         Ok(restored)
     }
 
+    /// None, and room for none.
+    pub(crate) fn renew(&self) {
+        self.clear();
+        (0..SHARDS).for_each(|number| self.lock(number).renew());
+    }
+
     /// After the last [`Handles::restore`].
     pub(crate) fn settle(&self) {
         (0..SHARDS).for_each(|number| self.lock(number).settle());

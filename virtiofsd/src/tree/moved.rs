@@ -95,7 +95,8 @@ impl Tree {
 
     /// Knows nothing any more, and is ready for what comes from elsewhere. No ring is served.
     pub(crate) fn make_ready(&self) {
-        self.forget_all();
+        self.shards.iter().for_each(|shard| crate::tree::lock(shard).renew());
+        self.handles.renew();
         self.elsewhere.clear();
     }
 

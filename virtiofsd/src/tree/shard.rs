@@ -97,6 +97,11 @@ impl Shard {
         Some(())
     }
 
+    pub(crate) fn renew(&mut self) {
+        self.clear();
+        self.nodes.renew();
+    }
+
     pub(crate) fn settle(&mut self) {
         self.nodes.settle();
     }

@@ -77,6 +77,11 @@ impl<T> Slots<T> {
         Some(())
     }
 
+    /// Begins anew, with other numbers than before, and gives the room back.
+    pub(crate) fn renew(&mut self) {
+        *self = Slots::new(self.epoch.wrapping_add(1 << 28));
+    }
+
     /// Every place that is not taken is free.
     pub(crate) fn settle(&mut self) {
         let mut free = NONE;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use libc::{EBADF, ESTALE, O_APPEND, O_RDONLY, O_RDWR, O_WRONLY};
 use probe::fs::message::{self, Message, ROOT, op};
 use probe::fs::raw::{Raw, Told, URGENT, long, node_of};
+use suite::share::{Canary, Shared};
 use suite::{Scratch, Server, run};
 
 /// Servers of some folders.
@@ -429,4 +430,183 @@ fn a_hundred_thousand_files() {
     let mut guest = small.refuse(&state);
     guest.init(!0).unwrap();
     guest.lookup(ROOT, "1").unwrap();
+}
+
+/// A state, written by somebody who may say anything: the format is that of `virtiofsd::state`.
+#[derive(Clone, Default)]
+struct Forged {
+    agreed: u64,
+    inodes: Vec<(u64, u64, u8, Vec<u8>)>,
+    opens: Vec<(u64, u64, u32)>,
+    counts: Option<(u32, u32)>,
+}
+
+/// Types of inodes.
+const DIRECTORY: u8 = 0o4;
+const REGULAR: u8 = 0o10;
+const SYMLINK: u8 = 0o12;
+const PIPE: u8 = 0o1;
+
+/// Numbers as a server could have given them.
+const fn number(place: u64) -> u64 {
+    77 << 32 | place << 6 | 3
+}
+
+impl Forged {
+    fn inode(mut self, id: u64, parent: u64, kind: u8, name: &str) -> Forged {
+        self.inodes.push((id, parent, kind, name.into()));
+        self
+    }
+
+    fn open(mut self, handle: u64, node: u64, flags: i32) -> Forged {
+        self.opens.push((handle, node, flags.cast_unsigned()));
+        self
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let (inodes, opens) = (u32::try_from(self.inodes.len()).unwrap(), u32::try_from(self.opens.len()).unwrap());
+        let (inodes, opens) = self.counts.unwrap_or((inodes, opens));
+        let mut bytes = [&b"outbfs\x01\0"[..], &self.agreed.to_le_bytes(), &inodes.to_le_bytes()].concat();
+        for (id, parent, kind, name) in &self.inodes {
+            bytes.extend(message::longs(&[*id, *parent, 1]));
+            bytes.extend([*kind, 0, u8::try_from(name.len()).unwrap()]);
+            bytes.extend([&name[..], &[0]].concat());
+        }
+        bytes.extend(opens.to_le_bytes());
+        for (handle, node, flags) in &self.opens {
+            bytes.extend([message::longs(&[*handle, *node]), message::words(&[*flags]), vec![0; 12]].concat());
+        }
+        bytes
+    }
+}
+
+fn furnish(house: &Path) {
+    fs::create_dir_all(house.join("dir/sub")).unwrap();
+    fs::write(house.join("file"), "content").unwrap();
+    fs::write(house.join("dir/other"), "content").unwrap();
+    fs::hard_link(house.join("file"), house.join("same")).unwrap();
+    std::os::unix::fs::symlink("../beside", house.join("link")).unwrap();
+    assert_eq!(run(Command::new("mkfifo").arg(house.join("pipe"))).code, Some(0));
+}
+
+/// After whatever it was given, a server serves.
+fn serves(shared: &Shared, worker: u32) {
+    assert_eq!(shared.server.worker(), worker, "it is still the same process");
+    let mut guest = shared.guest();
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let open = guest.open_file(file, O_RDONLY).unwrap();
+    assert_eq!(guest.ask(&message::read(file, open, 0, 10)).unwrap(), b"content");
+}
+
+/// Gives a server these states one after the other, and says which it took.
+fn give(shared: &Shared, states: impl IntoIterator<Item = Vec<u8>>) -> Vec<bool> {
+    let mut taken = Vec::new();
+    let give = |device: &mut probe::device::Device| {
+        for state in states {
+            taken.push(device.load_state(&state)?);
+        }
+        Ok(())
+    };
+    Raw::open_after(shared.connect(), 1, give).unwrap();
+    taken
+}
+
+#[test]
+fn states_that_lead_nowhere_good_are_refused() {
+    let [one, two, three] = [number(0), number(1), number(2)];
+    let new = Forged::default;
+    let file = || new().inode(one, ROOT, REGULAR, "file");
+    let dir = || new().inode(one, ROOT, DIRECTORY, "dir");
+    let bad: Vec<(&str, Forged)> = vec![
+        ("no such flags", Forged { agreed: !0, ..new() }),
+        ("..", new().inode(one, ROOT, DIRECTORY, "..")),
+        (".", new().inode(one, ROOT, DIRECTORY, ".")),
+        ("no name", new().inode(one, ROOT, DIRECTORY, "")),
+        ("a path upwards", new().inode(one, ROOT, DIRECTORY, "../beside")),
+        ("a path downwards", new().inode(one, ROOT, DIRECTORY, "dir/sub")),
+        ("a path from the top", new().inode(one, ROOT, DIRECTORY, "/etc")),
+        ("a zero in a name", new().inode(one, ROOT, REGULAR, "fi\0e")),
+        ("the root's number", new().inode(ROOT, ROOT, DIRECTORY, "dir")),
+        ("number 0", new().inode(0, ROOT, DIRECTORY, "dir")),
+        ("a place that is none", new().inode(number((1 << 26) - 1), ROOT, DIRECTORY, "dir")),
+        ("itself", new().inode(one, one, DIRECTORY, "dir")),
+        ("each other", new().inode(one, two, DIRECTORY, "dir").inode(two, one, DIRECTORY, "sub")),
+        ("a directory that comes later", new().inode(two, one, DIRECTORY, "sub").inode(one, ROOT, DIRECTORY, "dir")),
+        ("a directory that does not come", new().inode(two, one, DIRECTORY, "sub")),
+        ("a file as a directory", file().inode(two, one, REGULAR, "other")),
+        ("a link as a directory", new().inode(one, ROOT, SYMLINK, "link").inode(two, one, REGULAR, "file")),
+        ("one number twice", file().inode(one, ROOT, DIRECTORY, "dir")),
+        ("a missing number again", new().inode(one, ROOT, REGULAR, "no").inode(one, ROOT, REGULAR, "none")),
+        ("a pipe that is open", new().inode(one, ROOT, PIPE, "pipe").open(number(0), one, O_RDWR)),
+        ("a link that is open", new().inode(one, ROOT, SYMLINK, "link").open(number(0), one, O_RDONLY)),
+        ("what is not known is open", file().open(number(0), two, O_RDONLY)),
+        ("one handle twice", file().open(number(0), one, O_RDONLY).open(number(0), one, O_RDONLY)),
+        ("a handle beyond all", file().open(77 << 32 | 0x0fff_ffff << 4, one, O_RDONLY)),
+        ("handle 0", file().open(0, one, O_RDONLY)),
+        ("more inodes than there are", Forged { counts: Some((u32::MAX, 0)), ..file() }),
+        ("more handles than there are", Forged { counts: Some((1, u32::MAX)), ..file() }),
+        ("fewer inodes than there are", Forged { counts: Some((0, 0)), ..file() }),
+    ];
+    // What a share may lack, and what stands in the place of something else.
+    let lacking: Vec<(&str, Forged)> = vec![
+        ("a link for a directory", new().inode(one, ROOT, DIRECTORY, "link").inode(two, one, REGULAR, "file")),
+        ("a pipe for a file", new().inode(one, ROOT, REGULAR, "pipe").open(number(0), one, O_RDWR)),
+        ("a directory for a file", new().inode(one, ROOT, REGULAR, "dir").open(number(0), one, O_RDWR)),
+        ("one file twice", file().inode(two, ROOT, REGULAR, "same")),
+        ("nothing there", dir().inode(two, one, REGULAR, "nothing").open(number(3), two, O_RDWR)),
+        ("no way to open it", file().open(number(0), one, O_RDWR | O_WRONLY)),
+    ];
+    let fine: Vec<(&str, Forged)> = vec![
+        ("nothing", new()),
+        ("a pipe", new().inode(one, ROOT, PIPE, "pipe").inode(two, ROOT, SYMLINK, "link")),
+        ("the share itself is open", new().open(number(0), ROOT, O_RDONLY)),
+        ("down", dir().inode(two, one, DIRECTORY, "sub").inode(three, one, REGULAR, "other").open(number(0), three, O_RDWR)),
+        ("flags of opening that do more", file().open(number(0), one, O_RDWR | libc::O_TRUNC | libc::O_CREAT | libc::O_PATH)),
+    ];
+    for (words, lossy) in [(&[][..], false), (&["--migration-on-error", "guest-error"], true)] {
+        let shared = Shared::new(words, furnish);
+        let (canary, worker) = (Canary::new(&shared.beside), shared.server.worker());
+        for (cases, expected) in [(&bad, false), (&lacking, lossy), (&fine, true)] {
+            let taken = give(&shared, cases.iter().map(|(_, forged)| forged.bytes()));
+            for ((what, _), taken) in cases.iter().zip(taken) {
+                assert_eq!(taken, expected, "{what}, {words:?}");
+            }
+            serves(&shared, worker);
+        }
+        assert_eq!(fs::read(shared.house.join("file")).unwrap(), b"content");
+        canary.check();
+    }
+}
+
+#[test]
+fn states_with_any_mistake_in_them() {
+    for words in [&[][..], &["--migration-on-error", "guest-error"]] {
+        let shared = Shared::new(words, furnish);
+        let (canary, worker) = (Canary::new(&shared.beside), shared.server.worker());
+        let mut guest = shared.guest();
+        let dir = guest.lookup(ROOT, "dir").unwrap();
+        for (parent, name) in [(ROOT, "file"), (dir, "other")] {
+            let node = guest.lookup(parent, name).unwrap();
+            guest.open_file(node, O_RDWR).unwrap();
+        }
+        guest.ask(&message::opendir(dir)).unwrap();
+        let state = guest.device.save_state().unwrap();
+        drop(guest);
+        let cut = give(&shared, (0..state.len()).map(|len| state[..len].to_vec()));
+        assert!(cut.iter().all(|taken| !taken));
+        serves(&shared, worker);
+        let flipped = |bit: usize| {
+            let mut state = state.clone();
+            state[bit / 8] ^= 1 << (bit % 8);
+            state
+        };
+        let taken = give(&shared, (0..state.len() * 8).map(flipped)).into_iter().filter(|taken| *taken).count();
+        assert!(taken < state.len() * 8, "what was changed may be a number that means nothing, but not always");
+        serves(&shared, worker);
+        assert_eq!(give(&shared, [state.clone(), [&state[..], &[0]].concat(), vec![], state.clone()]), [true, false, false, true]);
+        // More than any state has.
+        assert_eq!(give(&shared, [vec![0; 300 << 20]]), [false]);
+        serves(&shared, worker);
+        canary.check();
+    }
 }
