@@ -144,8 +144,7 @@ pub(crate) fn file_handle(dir: BorrowedFd<'_>, name: &CStr) -> Result<Vec<u8>, E
     let mut mount = 0_i32;
     let (fd, path) = (dir.as_raw_fd(), name.as_ptr());
     // SAFETY: the name ends in NUL; the kernel writes at most the 128 bytes that `room` says it has, its head, and one number.
-    let done =
-        unsafe { libc::syscall(libc::SYS_name_to_handle_at, fd, path, &raw mut room, &raw mut mount, 0) };
+    let done = unsafe { libc::syscall(libc::SYS_name_to_handle_at, fd, path, &raw mut room, &raw mut mount, 0) };
     check(done)?;
     let len = usize::try_from(room.bytes).unwrap_or(usize::MAX);
     let handle = room.handle.get(..len).ok_or(Errno::OVERFLOW)?;

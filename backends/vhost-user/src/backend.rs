@@ -157,8 +157,7 @@ impl<D: Device> Backend<D> {
     fn converse(&mut self, channel: &Channel, stop: BorrowedFd<'_>) -> Result<End> {
         loop {
             // Where no state is on its way, nothing is waited for a second time.
-            let (pipe, events) =
-                self.connection.state.as_ref().and_then(State::waits_for).unwrap_or((stop, PollFlags::empty()));
+            let (pipe, events) = self.connection.state.as_ref().and_then(State::waits_for).unwrap_or((stop, PollFlags::empty()));
             let mut fds = [
                 PollFd::from_borrowed_fd(stop, PollFlags::IN),
                 PollFd::new(channel, PollFlags::IN),

@@ -5,8 +5,8 @@
 
 use virtio::Chain;
 use virtiofsd::abi::{self, opcode};
-use virtiofsd::state::{State, Writer};
 use virtiofsd::request::{self, Bad, Dialect, Fetched, MAX_NAME, MAX_TARGET, Name, Operation, Request, Scratch};
+use virtiofsd::state::{State, Writer};
 
 use crate::bytes::Bytes;
 use crate::rings;

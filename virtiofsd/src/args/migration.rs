@@ -38,7 +38,7 @@ impl Migration {
         match self.migration_mode.as_str() {
             "find-paths" => Ok(()),
             "file-handles" => bail!(
-                "--migration-mode file-handles: to open a file by its handle takes a right over the whole file system, which this process does not keep. Leave it out; --migration-verify-handles makes sure that files are the same"
+                "--migration-mode file-handles: a handle opens any file of the file system, in the share or not. Leave it out; --migration-verify-handles makes sure that files are the same"
             ),
             other => bail!("--migration-mode {other}: only find-paths is known"),
         }

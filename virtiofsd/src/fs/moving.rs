@@ -124,7 +124,10 @@ impl Share {
         for id in self.tree.all() {
             saving.save(id);
             if saving.writer.len() > MOST {
-                return Err(Immovable(format!("the guest knows too many files: no more than {} MiB of them can move", MOST >> 20)));
+                return Err(Immovable(format!(
+                    "the guest knows too many files: no more than {} MiB of them can move",
+                    MOST >> 20
+                )));
             }
         }
         saving.writer.end_inodes();
@@ -229,11 +232,11 @@ impl Share {
                     Ok(()) => continue,
                     Err(Refused::Failed(why)) => why,
                     Err(Refused::Twice) => Errno::EXIST,
-                    Err(Refused::Number) => return Err(forged("two inodes have one number, or one has a number that this share has not")),
+                    Err(Refused::Number) => return Err(forged("the numbers of its inodes are none, or do not fit together")),
                 }
             };
             if inode.id == ROOT || !missing.insert(inode.id) {
-                return Err(forged("two inodes have one number"));
+                return Err(forged("the numbers of its inodes are none, or do not fit together"));
             }
             lost.add(|| format!("{} is not the same here: {why}", quoted(inode.name.as_c_str().to_bytes())));
         }
@@ -251,7 +254,7 @@ impl Share {
     }
 
     fn take_inode(&self, inode: &Inode<'_>) -> Result<(), Refused> {
-        if self.tree.kind(inode.parent).is_ok_and(|kind| kind != Kind::DIRECTORY) || self.tree.kind(inode.parent).is_err() {
+        if self.tree.kind(inode.parent) != Ok(Kind::DIRECTORY) {
             return Err(Refused::Number);
         }
         let (name, failed) = (inode.name.as_c_str(), Refused::Failed);
@@ -288,7 +291,7 @@ impl Share {
         match self.tree.handles.restore(open.number, handle) {
             Ok(Some(())) => Ok(Ok(())),
             Err(Errno::NFILE) => Ok(Err(Errno::NFILE)),
-            Ok(None) | Err(_) => Err(forged("two open files have one number, or one has a number that this share has not")),
+            Ok(None) | Err(_) => Err(forged("the numbers of its open files are none, or do not fit together")),
         }
     }
 
@@ -353,7 +356,11 @@ impl Saving<'_> {
                 Err(why) => {
                     // What the guest could not reach any more in any case is not lost by moving.
                     if about.fd.is_some() || handle.is_some() {
-                        let why = if why == Errno::OPNOTSUPP { "its file system has no file handles" } else { "it has no name any more" };
+                        let why = if why == Errno::OPNOTSUPP {
+                            "its file system has no file handles"
+                        } else {
+                            "it has no name any more"
+                        };
                         self.lost.add(|| format!("{} cannot move: {why}", called(&about)));
                     }
                     self.settle(&mut stack, Fate::Lost);
@@ -407,7 +414,10 @@ impl Saving<'_> {
             return;
         };
         // Another host sees what has reached the machine that both ask.
-        if handle.slow && flags.intersects(OFlags::RWMODE) && let Err(why) = fdatasync(&handle.file) {
+        if handle.slow
+            && flags.intersects(OFlags::RWMODE)
+            && let Err(why) = fdatasync(&handle.file)
+        {
             self.lost.add(|| format!("{} cannot be written out: {why}", self.share.called(node)));
         }
         let flags = (flags & KEPT).bits();

@@ -237,7 +237,8 @@ impl Place {
         let [one, two, three, rest] = [(); 4].map(|()| Scratch::new());
         let root = blk(&one, &place("OUTBOARD_GUEST").join("root.img"), &["--read-only"]);
         let text = blk(&two, script, &["--read-only"]);
-        let share = Server::start("outboard-virtiofsd", &three, &[&["--shared-dir", house.to_str().unwrap()][..], words].concat());
+        let share =
+            Server::start("outboard-virtiofsd", &three, &[&["--shared-dir", house.to_str().unwrap()][..], words].concat());
         let control = rest.path("control");
         let mut devices = [disk(&root, "a", 1), disk(&text, "b", 1)].concat();
         devices.extend(["-chardev".to_owned(), format!("socket,id=f,path={}", share.socket.display())]);

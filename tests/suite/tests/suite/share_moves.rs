@@ -2,16 +2,20 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use libc::{EBADF, ESTALE, O_APPEND, O_RDONLY, O_RDWR, O_WRONLY};
+use probe::device::Device;
 use probe::fs::message::{self, Message, ROOT, op};
 use probe::fs::raw::{Raw, Told, URGENT, long, node_of};
 use suite::share::{Canary, Shared};
-use suite::{Scratch, Server, run};
+use suite::virtiofsd::Virtiofsd;
+use suite::{Scratch, Server, program, run};
 
 /// Servers of some folders.
 struct Hosts {
@@ -61,13 +65,13 @@ impl Host {
         Raw::begin(self.connect(), 2).unwrap()
     }
 
-    fn connect(&self) -> std::os::unix::net::UnixStream {
-        std::os::unix::net::UnixStream::connect(&self.server.socket).unwrap()
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.server.socket).unwrap()
     }
 
     /// A guest that comes with a state, and is taken.
     fn take(&self, state: &[u8]) -> Raw {
-        let taken = |device: &mut probe::device::Device| {
+        let taken = |device: &mut Device| {
             assert!(device.load_state(state)?, "the state is taken: {}", self.said());
             Ok(())
         };
@@ -76,7 +80,7 @@ impl Host {
 
     /// A guest that comes with a state which is not taken.
     fn refuse(&self, state: &[u8]) -> Raw {
-        let refused = |device: &mut probe::device::Device| {
+        let refused = |device: &mut Device| {
             assert!(!device.load_state(state)?, "the state is not taken");
             Ok(())
         };
@@ -145,7 +149,8 @@ fn a_guest_goes_on_with_what_it_has() {
             at = guest.lookup(at, name).unwrap();
         }
         let (folder, deep) = (at, guest.lookup(at, "deep").unwrap());
-        let [read, write, add, link, many] = ["read", "write", "add", "link", "many"].map(|name| guest.lookup(ROOT, name).unwrap());
+        let [read, write, add, link, many] =
+            ["read", "write", "add", "link", "many"].map(|name| guest.lookup(ROOT, name).unwrap());
         let reading = guest.open_file(read, O_RDONLY).unwrap();
         let writing = guest.open_file(write, O_RDWR).unwrap();
         let adding = guest.open_file(add, O_WRONLY | O_APPEND).unwrap();
@@ -180,7 +185,8 @@ fn a_guest_goes_on_with_what_it_has() {
         let from = first.last().unwrap().1;
         if same {
             let rest = list(&mut guest, many, listing, from);
-            let mut all: Vec<_> = first.into_iter().map(|(name, _)| name).chain(rest).filter(|name| !name.starts_with('.')).collect();
+            let mut all: Vec<_> =
+                first.into_iter().map(|(name, _)| name).chain(rest).filter(|name| !name.starts_with('.')).collect();
             all.sort();
             all.dedup();
             assert_eq!(all.len(), 200);
@@ -194,7 +200,11 @@ fn a_guest_goes_on_with_what_it_has() {
             assert_eq!(guest.call(&message::release(node, handle)).unwrap().error, EBADF);
         }
         forget(&mut guest, deep, 2);
-        assert_eq!(guest.call(&message::getattr(deep)).unwrap().error, ESTALE, "its references have come along, and were given back");
+        assert_eq!(
+            guest.call(&message::getattr(deep)).unwrap().error,
+            ESTALE,
+            "its references have come along, and were given back"
+        );
         // And on to a third, or back.
         let state = guest.device.save_state().unwrap();
         let third = hosts.serve(&there, &[]);
@@ -237,7 +247,9 @@ fn names_that_the_host_has_changed() {
 
 #[test]
 fn what_has_no_name_cannot_move() {
-    for (words, moves) in [(&[][..], false), (&["--migration-on-error", "abort"], false), (&["--migration-on-error", "guest-error"], true)] {
+    for (words, moves) in
+        [(&[][..], false), (&["--migration-on-error", "abort"], false), (&["--migration-on-error", "guest-error"], true)]
+    {
         let hosts = Hosts::new();
         let house = hosts.house();
         fs::write(house.join("gone"), "unlinked").unwrap();
@@ -320,13 +332,48 @@ fn what_is_not_on_the_other_host() {
     }
 }
 
+/// Servers of an ordinary user, who is the guest's root.
+#[test]
+fn a_guest_of_an_ordinary_user() {
+    const USER: u32 = 1000;
+    let scratch = Scratch::new();
+    let house = scratch.path("house");
+    fs::create_dir_all(house.join("dir")).unwrap();
+    fs::write(house.join("dir/file"), "content").unwrap();
+    for path in ["", "house", "house/dir", "house/dir/file"] {
+        chown(scratch.path(path), Some(USER), Some(USER)).unwrap();
+    }
+    let serve = |name: &str| {
+        let mut command = Command::new(program("outboard-virtiofsd"));
+        command.args(["--migration-verify-handles", "--num-request-queues", "2", "--shared-dir"]).arg(&house);
+        command.uid(USER).gid(USER);
+        Virtiofsd::launch_ours(command, scratch.path(name))
+    };
+    let (source, target) = (serve("a"), serve("b"));
+    let mut guest = Raw::begin(UnixStream::connect(&source.socket).unwrap(), 2).unwrap();
+    let dir = guest.lookup(ROOT, "dir").unwrap();
+    let file = guest.lookup(dir, "file").unwrap();
+    let open = guest.open_file(file, O_RDWR).unwrap();
+    fs::rename(house.join("dir/file"), house.join("renamed")).unwrap();
+    let state = guest.device.save_state().unwrap();
+    let taken = |device: &mut Device| {
+        assert!(device.load_state(&state)?);
+        Ok(())
+    };
+    let mut guest = Raw::open_after(UnixStream::connect(&target.socket).unwrap(), 2, taken).unwrap();
+    guest.ask(&message::write(file, open, 0, b"CON")).unwrap();
+    assert_eq!(fs::read(house.join("renamed")).unwrap(), b"CONtent");
+    assert_eq!(guest.lookup(ROOT, "renamed").unwrap(), file);
+}
+
 /// Its file system calls a file the same in both places, or it is not taken.
 #[test]
 fn only_the_same_files_are_taken_where_that_is_asked_for() {
     let mut hosts = Hosts::new();
     let house = hosts.house();
     fs::write(house.join("file"), "content").unwrap();
-    let source = hosts.serve(&house, &["--migration-verify-handles", "--migration-confirm-paths", "--migration-mode", "find-paths"]);
+    let source =
+        hosts.serve(&house, &["--migration-verify-handles", "--migration-confirm-paths", "--migration-mode", "find-paths"]);
     let mut guest = source.guest();
     let file = guest.lookup(ROOT, "file").unwrap();
     let state = guest.device.save_state().unwrap();
@@ -501,7 +548,7 @@ fn serves(shared: &Shared, worker: u32) {
 /// Gives a server these states one after the other, and says which it took.
 fn give(shared: &Shared, states: impl IntoIterator<Item = Vec<u8>>) -> Vec<bool> {
     let mut taken = Vec::new();
-    let give = |device: &mut probe::device::Device| {
+    let give = |device: &mut Device| {
         for state in states {
             taken.push(device.load_state(&state)?);
         }
@@ -603,7 +650,10 @@ fn states_with_any_mistake_in_them() {
         let taken = give(&shared, (0..state.len() * 8).map(flipped)).into_iter().filter(|taken| *taken).count();
         assert!(taken < state.len() * 8, "what was changed may be a number that means nothing, but not always");
         serves(&shared, worker);
-        assert_eq!(give(&shared, [state.clone(), [&state[..], &[0]].concat(), vec![], state.clone()]), [true, false, false, true]);
+        assert_eq!(
+            give(&shared, [state.clone(), [&state[..], &[0]].concat(), vec![], state.clone()]),
+            [true, false, false, true]
+        );
         // More than any state has.
         assert_eq!(give(&shared, [vec![0; 300 << 20]]), [false]);
         serves(&shared, worker);

@@ -165,7 +165,7 @@ fn what_cannot_be_had_is_told_with_what_to_do() {
         (&["-o", "source=/"], "by its own name"),
         (&["--xattrmap", ":ok:all:::"], "not known yet"),
         (&["--security-label"], "Leave it out"),
-        (&["--migration-mode", "file-handles"], "a right over the whole file system"),
+        (&["--migration-mode", "file-handles"], "in the share or not"),
         (&["--migration-mode", "names"], "only find-paths"),
         (&["--rlimit-nofile", "100"], "at least"),
         (&["--posix-acl", "--translate-uid", "guest:0:1:1"], "not translated"),
