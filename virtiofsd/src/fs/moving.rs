@@ -123,17 +123,13 @@ impl Share {
         let mut saving = Saving { share: self, writer, fates: HashMap::new(), handles, lost: Lost::default() };
         for id in self.tree.all() {
             saving.save(id);
-            if saving.writer.len() > MOST {
-                return Err(Immovable(format!(
-                    "the guest knows too many files: no more than {} MiB of them can move",
-                    MOST >> 20
-                )));
-            }
+            saving.is_short()?;
         }
         saving.writer.end_inodes();
         for (number, handle) in &all {
             saving.save_open(*number, handle);
         }
+        saving.is_short()?;
         for node in self.locks.nodes() {
             saving.lost.add(|| format!("{} is locked, and locks of this host cannot move", self.called(node)));
         }
@@ -232,11 +228,17 @@ impl Share {
                     Ok(()) => continue,
                     Err(Refused::Failed(why)) => why,
                     Err(Refused::Twice) => Errno::EXIST,
-                    Err(Refused::Number) => return Err(forged("the numbers of its inodes are none, or do not fit together")),
+                    Err(Refused::Number) => {
+                        return Err(forged(
+                            "the numbers of its inodes are none, or more than this server has (--max-inodes), or do not fit together",
+                        ));
+                    }
                 }
             };
             if inode.id == ROOT || !missing.insert(inode.id) {
-                return Err(forged("the numbers of its inodes are none, or do not fit together"));
+                return Err(forged(
+                    "the numbers of its inodes are none, or more than this server has (--max-inodes), or do not fit together",
+                ));
             }
             lost.add(|| format!("{} is not the same here: {why}", quoted(inode.name.as_c_str().to_bytes())));
         }
@@ -327,6 +329,14 @@ impl Share {
 }
 
 impl Saving<'_> {
+    /// Nobody takes more.
+    fn is_short(&self) -> Result<(), Immovable> {
+        if self.writer.len() <= MOST {
+            return Ok(());
+        }
+        Err(Immovable(format!("the guest knows too many files: no more than {} MiB of them can move", MOST >> 20)))
+    }
+
     /// Saves an inode, and before it the directories above that are not saved yet.
     fn save(&mut self, id: u64) {
         let mut stack = Vec::new();

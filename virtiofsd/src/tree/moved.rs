@@ -10,8 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::io::Errno;
 
-use crate::tree::node::{Identity, Kind};
-use crate::tree::{Found, ROOT, Text, Tree, hash, id_of, node, place_of};
+use crate::tree::node::{Identity, Kind, Node};
+use crate::tree::{Found, ROOT, SHARDS, Text, Tree, hash, id_of, lock, node, place_of};
 
 /// Inodes that are in another part of the table than their identity says.
 #[derive(Debug, Default)]
@@ -70,7 +70,7 @@ impl Tree {
     pub(crate) fn all(&self) -> Vec<u64> {
         let mut all = Vec::new();
         for (number, shard) in (0..).zip(&self.shards) {
-            let shard = crate::tree::lock(shard);
+            let shard = lock(shard);
             all.extend(shard.all().map(|(key, node)| (node.parent, id_of(number, key))));
         }
         all.sort_unstable();
@@ -95,7 +95,7 @@ impl Tree {
 
     /// Knows nothing any more, and is ready for what comes from elsewhere. No ring is served.
     pub(crate) fn make_ready(&self) {
-        self.shards.iter().for_each(|shard| crate::tree::lock(shard).renew());
+        self.shards.iter().for_each(|shard| lock(shard).renew());
         self.handles.renew();
         self.elsewhere.clear();
     }
@@ -109,12 +109,12 @@ impl Tree {
         }
         self.hold(found.parent).map_err(Refused::Failed)?;
         let most = self.budget.nodes / 64;
-        let taken = { self.lock(number).restore(key, crate::tree::node::Node { lookups, ..node(found) }, most) };
+        let taken = { self.lock(number).restore(key, Node { lookups, ..node(found) }, most) };
         if taken.is_none() {
             self.release(found.parent);
             return Err(Refused::Number);
         }
-        if number != hash(!self.seed, &found.identity) % crate::tree::SHARDS {
+        if number != hash(!self.seed, &found.identity) % SHARDS {
             self.elsewhere.set(&found.identity, number);
         }
         Ok(())
@@ -122,7 +122,7 @@ impl Tree {
 
     /// After the last [`Tree::restore`].
     pub(crate) fn settle(&self) {
-        self.shards.iter().for_each(|shard| crate::tree::lock(shard).settle());
+        self.shards.iter().for_each(|shard| lock(shard).settle());
         self.handles.settle();
     }
 }

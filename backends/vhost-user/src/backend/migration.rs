@@ -71,7 +71,7 @@ impl State {
                 Ok(None) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 Err(errno) => {
-                    warn!("The pipe for the device's state fails: {errno}");
+                    warn!(target: virtio::GUEST, "The pipe for the device's state fails: {errno}");
                     *self = State::Failed;
                 }
             }
@@ -99,7 +99,7 @@ impl State {
                 }
                 state.extend_from_slice(piece.get(..read).unwrap_or_default());
                 if state.len() > *most {
-                    warn!("The device's state is longer than {most} bytes, which no such device has");
+                    warn!(target: virtio::GUEST, "The device's state is longer than {most} bytes, which no such device has");
                     return Ok(Some(State::Failed));
                 }
             }
@@ -155,7 +155,7 @@ impl<D: Device> Backend<D> {
             SAVE => match self.device.save() {
                 Ok(state) => State::Saving { pipe, state, at: 0 },
                 Err(why) => {
-                    warn!("The device's state cannot be saved: {why}");
+                    warn!(target: virtio::GUEST, "The device's state cannot be saved: {why}");
                     self.connection.state = Some(State::Failed);
                     return Ok(Answer::Number(NO_FD | 1));
                 }
@@ -175,7 +175,7 @@ impl<D: Device> Backend<D> {
             Some(State::Came(state)) => match self.device.load(&state) {
                 Ok(()) => true,
                 Err(why) => {
-                    warn!("The device's state cannot be taken over: {why}");
+                    warn!(target: virtio::GUEST, "The device's state cannot be taken over: {why}");
                     false
                 }
             },

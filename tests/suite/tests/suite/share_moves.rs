@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use libc::{EBADF, ESTALE, O_APPEND, O_RDONLY, O_RDWR, O_WRONLY};
 use probe::device::Device;
 use probe::fs::message::{self, Message, ROOT, op};
-use probe::fs::raw::{Raw, Told, URGENT, long, node_of};
+use probe::fs::raw::{Raw, Told, URGENT, long, node_of, word};
 use suite::share::{Canary, Shared};
 use suite::virtiofsd::Virtiofsd;
 use suite::{Scratch, Server, program, run};
@@ -100,7 +100,7 @@ fn names(reply: &[u8]) -> Vec<(String, u64)> {
     let mut rest = reply;
     let mut found = Vec::new();
     while rest.len() >= 24 {
-        let (place, len) = (long(rest, 8), usize::try_from(probe::fs::raw::word(rest, 16)).unwrap());
+        let (place, len) = (long(rest, 8), usize::try_from(word(rest, 16)).unwrap());
         found.push((String::from_utf8_lossy(&rest[24..24 + len]).into_owned(), place));
         rest = &rest[(24 + len).next_multiple_of(8)..];
     }
@@ -446,7 +446,7 @@ fn a_hundred_thousand_files() {
             let reply = guest.ask(&message::readdir(node, handle, at, 1 << 20, true)).unwrap();
             let mut rest = &reply[..];
             while rest.len() >= 152 {
-                let len = usize::try_from(probe::fs::raw::word(rest, 128 + 16)).unwrap();
+                let len = usize::try_from(word(rest, 128 + 16)).unwrap();
                 at = long(rest, 128 + 8);
                 if node_of(rest) != 0 {
                     known.push(node_of(rest));
