@@ -303,7 +303,8 @@ fn a_guest_of_qemu_that_cannot_move_stays() {
     let there = Place::new(&script, &house, &[], Some(&socket));
     suite::wait_for("the other machine", || socket.exists().then_some(()));
     say(&here.control, "migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
-    println!("{}", moved(&here.control).unwrap_err());
+    let why = moved(&here.control).unwrap_err();
+    assert!(why.contains("vhost-user-fs"), "{why}");
     drop(there);
     say(&here.control, "cont", json!({}));
     fs::write(house.join("stayed"), "").unwrap();
