@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use daemon::Confined;
-use virtio::device::{Device, Foreign, Host, Identity, ReadOnly, read_config};
+use virtio::device::{Device, Host, Identity, Immovable, ReadOnly, read_config};
 use virtio::limit::Limits;
 use virtio::worker::{Poller, Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
@@ -148,17 +148,17 @@ impl Device for Blk {
     }
 
     /// The driver's choice of whether writes may wait for a flush, after the version of this very format.
-    fn save(&self) -> Vec<u8> {
-        vec![STATE, u8::from(self.shared.writes_back())]
+    fn save(&mut self) -> Result<Vec<u8>, Immovable> {
+        Ok(vec![STATE, u8::from(self.shared.writes_back())])
     }
 
-    fn load(&mut self, state: &[u8]) -> Result<(), Foreign> {
+    fn load(&mut self, state: &[u8]) -> Result<(), Immovable> {
         match state {
             [STATE, choice @ (0 | 1)] => {
                 self.shared.write_back(*choice == 1);
                 Ok(())
             }
-            _ => Err(Foreign),
+            _ => Err(Immovable::foreign()),
         }
     }
 

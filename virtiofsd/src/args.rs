@@ -20,10 +20,12 @@ use crate::xattrmap::XattrMap;
 
 mod also;
 mod compat;
+mod migration;
 mod refused;
 mod translate;
 
 pub use also::Also;
+use migration::Migration;
 use refused::Refused;
 use translate::{Map, Translation};
 
@@ -191,6 +193,8 @@ pub struct Args {
     #[arg(long, value_name = "path=DIR,socket=PATH|fd=FD[,tag=NAME][,readonly]", conflicts_with = "session_fd")]
     pub also: Vec<Also>,
     #[command(flatten)]
+    migration: Migration,
+    #[command(flatten)]
     refused: Refused,
     /// What is accepted as guest memory
     #[command(flatten)]
@@ -318,6 +322,7 @@ impl Arguments for Args {
     /// Root is everybody, whoever else is one user, unless told otherwise.
     fn identity(&self) -> Result<Identity> {
         self.refused.check()?;
+        self.migration.check()?;
         if !self.uid_map.is_empty() || !self.gid_map.is_empty() {
             let ranges = |maps: &[Map], own: u32| -> Vec<IdRange> {
                 let range = |map: &Map| IdRange { inside: map.inside, outside: map.outside, count: map.count };
@@ -541,5 +546,6 @@ fn settings(args: &Args) -> Result<Settings> {
         readdirplus: !args.no_readdirplus && cache != Cache::Never,
         locks: args.locks == Locks::Host,
         preserve_noatime: args.preserve_noatime,
+        moving: args.migration.moving(),
     })
 }

@@ -8,12 +8,12 @@ use anyhow::Result;
 use daemon::Confined;
 use rustix::fs::Mode;
 use sandbox::Capability;
-use virtio::device::{Device, Identity, read_config};
+use virtio::device::{Device, Identity, Immovable, read_config};
 use virtio::worker::{Poller, Worker, Workers, run};
 use virtio::{Queue, QueueState, feature};
 
 use crate::args::{Config, TAG};
-use crate::fs::{Share, Thread};
+use crate::fs::{MOST, Share, Thread};
 use crate::pool::{Jobs, Pool, work};
 use crate::queue::FsQueue;
 use crate::sandbox::{POOL, POOL_BY_HANDLE, POOL_OF_MANY, QUEUE, QUEUE_BY_HANDLE, QUEUE_OF_MANY};
@@ -120,6 +120,18 @@ impl Device for Fs {
 
     fn reset(&mut self) {
         self.share.end();
+    }
+
+    fn most_state(&self) -> usize {
+        MOST
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Immovable> {
+        self.share.tree.by_names(|| self.share.save())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Immovable> {
+        self.share.tree.by_names(|| self.share.load(state))
     }
 }
 

@@ -36,9 +36,12 @@ pub(crate) mod ioctl;
 pub(crate) mod lock;
 mod look;
 mod make;
+mod moving;
 mod remove;
 mod session;
 mod xattr;
+
+pub use moving::{Loss, MOST, Moving};
 
 /// Bytes of the answer to one reading of a directory, of one extended attribute, and of the names of all of a file.
 const BUFFER: usize = 64 * 1024;
@@ -81,6 +84,8 @@ pub struct Settings {
     pub locks: bool,
     /// A guest that does not want the time of access changed is obeyed.
     pub preserve_noatime: bool,
+    /// How a guest moves to another host.
+    pub moving: Moving,
 }
 
 impl Settings {

@@ -23,6 +23,7 @@
 //! | [`fs`] | what is done with a share | - |
 //! | `tree` | inodes and open files: what a successor has to know | any thread, a part of it under a lock |
 //! | [`owner`], [`identity`] | whose files are whose; as whom a thread makes them | the thread |
+//! | [`state`] | what goes to a server on another host, as bytes; a fuzz target | - |
 //! | [`share`] | the share, before and after the process is confined | - |
 //! | [`xattrmap`] | names of attributes that are others on the host |
 //! | `magic` | the way from a descriptor that is a path only to its file | - |
@@ -57,6 +58,7 @@ pub mod reply;
 pub mod request;
 pub mod sandbox;
 pub mod share;
+pub mod state;
 mod sys;
 mod tree;
 pub mod waiting;

@@ -10,9 +10,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2, readlinkat_raw};
 use rustix::io::Errno;
 use sandbox::{Detach, detach};
+
+/// Bytes of the longest path that the kernel shows.
+const PATH: usize = 4096;
 
 /// The directory of descriptors.
 #[derive(Debug)]
@@ -61,6 +64,15 @@ impl Magic {
     pub(crate) fn reopen(&self, fd: BorrowedFd<'_>, how: OFlags) -> Result<OwnedFd, Errno> {
         let how = (how - OFlags::NOFOLLOW) | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         openat2(&self.0, Number::of(fd).as_c_str(), how, Mode::empty(), ResolveFlags::empty())
+    }
+
+    /// Where the file of a descriptor is by now, as far as the kernel knows: from the top of its mount.
+    pub(crate) fn path(&self, fd: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
+        let mut path = vec![0; PATH];
+        let len = readlinkat_raw(&self.0, Number::of(fd).as_c_str(), &mut path[..])?;
+        // One that fills the room may be cut off.
+        path.truncate(len);
+        if len < PATH { Ok(path) } else { Err(Errno::NAMETOOLONG) }
     }
 
     /// The directory, and the name there of a descriptor.

@@ -118,6 +118,16 @@ const FILES: &[Rule] = &[
 
 const SYMLINKAT: i64 = libc::SYS_symlinkat;
 
+/// What the thread that talks to the frontend does when the guest moves: it looks at what the guest knows, and opens what was open.
+const STATE: &[Rule] = &[
+    allow_if(libc::SYS_openat2, BELOW, "files and directories, by one name in a directory of the share"),
+    allow_if(libc::SYS_statx, BELOW, "what is known about a file"),
+    allow_if(libc::SYS_readlinkat, BELOW, "where an open file is by now"),
+    allow_if(libc::SYS_name_to_handle_at, BELOW, "what the file system calls a file"),
+    allow(libc::SYS_fstatfs, "whether a file system asks somebody else"),
+    allow(libc::SYS_fdatasync, "what was written reaches the machine that is asked"),
+];
+
 const USERS: &[Rule] = &[
     allow(libc::SYS_setresuid, "the owner of a new file"),
     allow(libc::SYS_setresgid, "the group of a new file"),
@@ -138,7 +148,7 @@ pub const POLICY: Policy = Policy {
     name: "outboard-virtiofsd",
     limits: Limits { descriptors: OWN_DESCRIPTORS, threads: MAX_QUEUES as u64 + MAX_POOL as u64 + 5 },
     capabilities: OF_MANY,
-    control: &[RUNTIME, PROTOCOL],
+    control: &[RUNTIME, PROTOCOL, STATE],
     threads: &[
         (QUEUE, &[RUNTIME, RINGS, FILES]),
         (POOL, &[RUNTIME, FILES]),

@@ -113,6 +113,11 @@ impl RawHandle {
         Ok(RawHandle { len: u32::try_from(content.len()).map_err(|_| Errno::OVERFLOW)?, kind, bytes })
     }
 
+    /// Kind and content, to be compared.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        [&self.kind.to_le_bytes(), self.content()].concat()
+    }
+
     /// What it consists of.
     pub(crate) fn content(&self) -> &[u8] {
         usize::try_from(self.len).ok().and_then(|len| self.bytes.get(..len)).unwrap_or_default()

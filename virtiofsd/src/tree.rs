@@ -18,6 +18,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags, openat2, statx};
@@ -28,12 +29,14 @@ use crate::sys;
 
 pub(crate) mod file_handle;
 pub(crate) mod handle;
+pub(crate) mod moved;
 pub(crate) mod node;
 mod shard;
 mod slots;
 
 use file_handle::FileHandle;
 use handle::Handles;
+use moved::Elsewhere;
 use node::{Identity, Kind, Mounts, Node};
 use shard::{Nameless, Shard, hash};
 use slots::Key;
@@ -49,7 +52,7 @@ const PLACE_BITS: u32 = 26;
 pub(crate) const LOOK: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// Most directories between the share and a file that are opened one after the other to reach it.
-const MAX_DEPTH: usize = 16 * 1024;
+pub(crate) const MAX_DEPTH: usize = 16 * 1024;
 
 /// How names are followed: not at all.
 pub(crate) const RESOLVE: ResolveFlags =
@@ -81,6 +84,9 @@ pub(crate) struct Tree {
     one_mount: bool,
     /// The share, open for reading: inodes on its own mount are reached by their handles.
     by_handle: Option<OwnedFd>,
+    /// For the moment they are not: whoever asks may not open files by handles.
+    by_name: AtomicBool,
+    elsewhere: Elsewhere,
 }
 
 /// The share itself.
@@ -141,12 +147,31 @@ impl Tree {
         let mount = mounts.number(&stat, || is_slow(&root))?;
         let root = Root { fd: Arc::new(root), kind: Kind::of(stat.stx_mode), mount };
         let handles = Handles::new(epoch, budget.handles);
-        Ok(Tree { root, shards, seed, budget, mounts, handles, one_mount, by_handle: None })
+        Ok(Tree {
+            root,
+            shards,
+            seed,
+            budget,
+            mounts,
+            handles,
+            one_mount,
+            by_handle: None,
+            by_name: AtomicBool::new(false),
+            elsewhere: Elsewhere::default(),
+        })
     }
 
     /// Inodes are reached by their handles from now on, by way of the share, which is open for reading.
     pub(crate) fn reach_by_handle(&mut self, share: OwnedFd) {
         self.by_handle = Some(share);
+    }
+
+    /// Does something for which inodes are reached by their names alone. No ring is served.
+    pub(crate) fn by_names<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.by_name.store(true, Ordering::Relaxed);
+        let done = work();
+        self.by_name.store(false, Ordering::Relaxed);
+        done
     }
 
     /// Whether they are.
@@ -394,7 +419,7 @@ impl Tree {
 
     /// The same by the handle of an inode of some kind, whatever name it has by now.
     fn open_by_handle(&self, id: u64, kind: impl FnOnce(Kind) -> bool) -> Option<OwnedFd> {
-        let share = self.by_handle.as_ref()?;
+        let share = self.by_handle.as_ref().filter(|_| !self.by_name.load(Ordering::Relaxed))?;
         let known = self.with(id, |node| kind(node.kind).then(|| Some((node.handle.raw()?, node.identity))).flatten());
         let (handle, identity) = known?.ok()??;
         let file = sys::open_by_handle_at(share.as_fd(), &handle).ok()?;
@@ -438,7 +463,7 @@ impl Tree {
     }
 
     fn shard_of(&self, identity: &Identity) -> u64 {
-        hash(!self.seed, identity) % SHARDS
+        self.elsewhere.get(identity).unwrap_or_else(|| hash(!self.seed, identity) % SHARDS)
     }
 
     fn lock(&self, number: u64) -> MutexGuard<'_, Shard> {

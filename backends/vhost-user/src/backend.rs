@@ -156,13 +156,22 @@ impl<D: Device> Backend<D> {
 
     fn converse(&mut self, channel: &Channel, stop: BorrowedFd<'_>) -> Result<End> {
         loop {
-            let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(channel, PollFlags::IN)];
+            // Where no state is on its way, nothing is waited for a second time.
+            let (pipe, events) = self.connection.state.as_ref().and_then(State::waits_for).unwrap_or((stop, PollFlags::empty()));
+            let mut fds = [
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+                PollFd::new(channel, PollFlags::IN),
+                PollFd::from_borrowed_fd(pipe, events),
+            ];
             match poll(&mut fds, None) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(Error::socket("wait for the frontend")(errno)),
             }
-            let [stopped, readable] = fds.map(|fd| !fd.revents().is_empty());
+            let [stopped, readable, moves] = fds.map(|fd| !fd.revents().is_empty());
+            if let Some(state) = self.connection.state.as_mut().filter(|_| moves) {
+                state.advance();
+            }
             if stopped {
                 return Ok(End::Stopped);
             }

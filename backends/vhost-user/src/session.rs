@@ -303,7 +303,11 @@ impl Session {
         Ok(event)
     }
 
-    fn frontend(&self) -> Result<&Frontend> {
+    /// The other end, for what a session has no words for.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn frontend(&self) -> Result<&Frontend> {
         self.link.as_ref().map(|link| &link.frontend).ok_or(Error::Disconnected)
     }
 

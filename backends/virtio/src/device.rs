@@ -57,18 +57,25 @@ pub trait Device: Send {
     /// Forgets what a driver has set. Rings are stopped.
     fn reset(&mut self);
 
-    /// What a successor on another host has to know that its frontend does not tell it: what the driver has set. At most 4 KiB. Rings
-    /// are stopped.
-    fn save(&self) -> Vec<u8> {
-        Vec::new()
+    /// Most bytes of a state that it saves, or takes.
+    fn most_state(&self) -> usize {
+        4096
+    }
+
+    /// What a successor on another host has to know that its frontend does not tell it: what the driver has set. Rings are stopped.
+    ///
+    /// # Errors
+    /// When there is something that cannot be had there. Nothing has changed then.
+    fn save(&mut self) -> Result<Vec<u8>, Immovable> {
+        Ok(Vec::new())
     }
 
     /// Becomes what another one was when it was saved. Rings are stopped.
     ///
     /// # Errors
-    /// When this was saved by something else. Nothing has changed then.
-    fn load(&mut self, state: &[u8]) -> Result<(), Foreign> {
-        if state.is_empty() { Ok(()) } else { Err(Foreign) }
+    /// When this was saved by something else, or cannot be had here. What the driver had set may be forgotten then.
+    fn load(&mut self, state: &[u8]) -> Result<(), Immovable> {
+        if state.is_empty() { Ok(()) } else { Err(Immovable::foreign()) }
     }
 
     /// Here is how to tell the frontend something.
@@ -80,10 +87,17 @@ pub trait Device: Send {
 #[error("The configuration space cannot be written there")]
 pub struct ReadOnly;
 
-/// The state is not one of this kind of device, or not of this version.
+/// Why a state cannot be saved, or not be taken over.
 #[derive(Debug, thiserror::Error)]
-#[error("The state was not saved by such a device")]
-pub struct Foreign;
+#[error("{0}")]
+pub struct Immovable(pub String);
+
+impl Immovable {
+    /// The state is not one of this kind of device, or not of this version.
+    pub fn foreign() -> Immovable {
+        Immovable("it was not saved by such a device".to_owned())
+    }
+}
 
 /// What a device may tell its frontend, from any thread.
 pub trait Notices: Send + Sync {

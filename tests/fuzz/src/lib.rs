@@ -19,6 +19,7 @@
 //! | `backend_messages` | backend | the frontend's session, with descriptors |
 //! | `request_blk`, `request_console`, `request_rng` | guest | each device's `request.rs` |
 //! | `request_virtiofsd` | guest | FUSE messages, spread over any descriptors |
+//! | `state_virtiofsd` | another host, frontend | what a file server is told of a guest that comes |
 //! | `machine_file` | whoever wrote it | the machine file |
 //! | `metrics_page` | device process | the counters it shows the composer |
 //! | `registers` | guest | PCI configuration space and virtio-pci registers |

@@ -6,6 +6,7 @@
 use virtio::Chain;
 use virtiofsd::abi::{self, opcode};
 use virtiofsd::request::{self, Bad, Dialect, Fetched, MAX_NAME, MAX_TARGET, Name, Operation, Request, Scratch};
+use virtiofsd::state::{State, Writer};
 
 use crate::bytes::Bytes;
 use crate::rings;
@@ -138,4 +139,24 @@ fn names(request: &Request<'_>) {
     let somebody = request.uid != u32::MAX && request.gid != u32::MAX && request.group != Some(u32::MAX);
     assert!(!makes || somebody, "nobody makes something");
     assert!(makes || request.group.is_none());
+}
+
+/// What a file server is told of a guest that comes from another host. What is accepted is written again as it was.
+pub fn state(mut bytes: Bytes<'_>) {
+    // Most of the head has to be right.
+    let whole = if bytes.byte() == 0 {
+        bytes.rest().to_vec()
+    } else {
+        [&b"outbfs"[..], &virtiofsd::state::VERSION.to_le_bytes(), bytes.rest()].concat()
+    };
+    let Ok(state) = State::read(&whole) else { return };
+    let mut writer = Writer::new(state.agreed);
+    for inode in state.inodes() {
+        let name = inode.name.as_c_str().to_bytes();
+        assert!((1..=255).contains(&name.len()) && !name.contains(&b'/') && !matches!(name, b"." | b".."), "{name:?}");
+        writer.inode(&inode);
+    }
+    writer.end_inodes();
+    state.opens().for_each(|open| writer.open(&open));
+    assert!(writer.finish() == whole, "all of it was read");
 }

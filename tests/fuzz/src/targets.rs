@@ -7,7 +7,7 @@ use crate::{images, messages, parsers, peers, registers, rings};
 pub type Target = (&'static str, fn(Bytes<'_>));
 
 /// All of them. Each has a program of its name in `fuzz_targets/`.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     ("backend_messages", peers::backend),
     ("chain", rings::chain),
     ("frontend_messages", peers::frontend),
@@ -23,6 +23,7 @@ pub const TARGETS: [Target; 15] = [
     ("request_console", parsers::console),
     ("request_rng", parsers::rng),
     ("request_virtiofsd", messages::virtiofsd),
+    ("state_virtiofsd", messages::state),
 ];
 
 /// Runs one of them.

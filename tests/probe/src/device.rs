@@ -1,5 +1,6 @@
 //! A device as its driver has it: a session, and the rings of its queues, negotiated and running.
 
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -84,6 +85,42 @@ impl Device {
     pub fn start(&mut self) -> Result<()> {
         let places: Vec<_> = self.rings.iter().map(Ring::place).collect();
         self.session.start(self.features, &places).context("Cannot start the device")
+    }
+
+    /// Stops the rings as for a guest that moves to another host, and takes the device's state. [`Device::start`] goes on.
+    ///
+    /// # Errors
+    /// When there is none to be had.
+    pub fn save_state(&mut self) -> Result<Vec<u8>> {
+        let queues = self.queues();
+        let frontend = self.session.frontend()?;
+        for queue in 0..queues {
+            frontend.ring_base(queue, PATIENCE.stop)?;
+        }
+        let (mut out, into) = std::io::pipe()?;
+        frontend.transfer_state(false, into.as_fd())?;
+        drop(into);
+        let mut state = Vec::new();
+        out.read_to_end(&mut state)?;
+        if !frontend.check_state()? {
+            bail!("The backend says that its state has not arrived");
+        }
+        Ok(state)
+    }
+
+    /// Gives the device a state, before its rings start. `false`: it does not take it.
+    ///
+    /// # Errors
+    /// When the backend is gone.
+    pub fn load_state(&mut self, state: &[u8]) -> Result<bool> {
+        let frontend = self.session.frontend()?;
+        let (out, mut into) = std::io::pipe()?;
+        frontend.transfer_state(true, out.as_fd())?;
+        drop(out);
+        // A backend need not read on when it has seen enough.
+        let written = into.write_all(state);
+        drop(into);
+        Ok(frontend.check_state()? && written.is_ok())
     }
 
     /// Continues with a successor of the backend that died.

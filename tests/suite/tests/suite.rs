@@ -28,6 +28,7 @@ mod suite {
     mod qemu;
     mod share_attacks;
     mod share_limits;
+    mod share_moves;
     mod share_owners;
     mod share_races;
     mod share_sequences;

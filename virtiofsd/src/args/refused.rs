@@ -17,14 +17,6 @@ pub(super) struct Refused {
     /// Options as upstream once had them: source=DIR, cache=none, xattr and so on. None of them is for what is given by name as well
     #[arg(short = 'o', value_name = "OPTION[,OPTION...]")]
     compat: Vec<String>,
-    #[arg(long, value_name = "MODE", hide = true)]
-    migration_mode: Option<String>,
-    #[arg(long, value_name = "ACTION", hide = true)]
-    migration_on_error: Option<String>,
-    #[arg(long, hide = true)]
-    migration_verify_handles: bool,
-    #[arg(long, hide = true)]
-    migration_confirm_paths: bool,
 }
 
 impl Refused {
@@ -46,13 +38,6 @@ impl Refused {
         // Those that stand where they are looked for have become others by now.
         if let Some(options) = self.compat.first() {
             bail!("-o {options}: -o has to be a word by itself, or to begin one");
-        }
-        if self.migration_mode.is_some()
-            || self.migration_on_error.is_some()
-            || self.migration_verify_handles
-            || self.migration_confirm_paths
-        {
-            bail!("--migration-...: open files cannot move to another host yet. Leave it out");
         }
         Ok(())
     }

@@ -17,7 +17,10 @@ use crate::reply::Dirents;
 use crate::request::Name;
 
 /// A place that no directory is at: it is not known where the descriptor is.
-const UNKNOWN: u64 = u64::MAX;
+pub(super) const UNKNOWN: u64 = u64::MAX;
+
+/// The same; and the places that the guest has are of another directory, on the host that it came from.
+pub(super) const FOREIGN: u64 = u64::MAX - 1;
 
 /// Bytes of names that are asked for with so many bytes to be told: with what is known of each, an entry is at least five times as long.
 const SHARE_OF_NAMES: usize = 5;
@@ -62,6 +65,10 @@ impl Share {
         size: u32,
         io: Io<'_>,
     ) -> Outcome {
+        if *cursor == FOREIGN && offset != 0 {
+            // To read on somewhere would leave names out, and nobody would know.
+            return Err(Errno::STALE);
+        }
         if *cursor != offset {
             seek(reading.file, SeekFrom::Start(offset))?;
         }

@@ -2,8 +2,8 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use rustix::fs::{
     FallocateFlags, OFlags, SeekFrom, Statx, copy_file_range, fallocate, fdatasync, fsync, ftruncate, seek, syncfs,
@@ -84,8 +84,8 @@ impl Share {
         if let Some(kept) = self.tree.handles.kept(node) {
             return Ok(kept);
         }
-        let opened = self.open_regular(node, OFlags::RDONLY.bits())?;
-        Ok(self.tree.handles.keep(self.handle(node, opened)))
+        let Opened { file, stat, .. } = self.open_regular(node, OFlags::RDONLY.bits())?;
+        Ok(self.tree.handles.keep(self.handle(node, file, &stat, OFlags::RDONLY)))
     }
 
     pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32, more: u32) -> Result<Opened, Errno> {
@@ -116,25 +116,20 @@ impl Share {
 
     /// Gives an open file a number, and says how the guest is to treat it.
     pub(super) fn register(&self, node: u64, opened: Opened) -> Result<[u8; 16], Errno> {
-        let direct = self.is_direct(OFlags::from_bits_retain(opened.flags));
-        let number = self.tree.handles.insert(self.handle(node, opened))?;
-        Ok(reply::open(number, self.open_flags(direct, self.is_slow(node))))
+        let Opened { file, stat, flags } = opened;
+        let asked = OFlags::from_bits_retain(flags);
+        let direct = self.settings.allow_direct_io && asked.contains(OFlags::DIRECT);
+        let slow = self.is_slow(node);
+        let number = self.tree.handles.insert(self.handle(node, file, &stat, asked))?;
+        Ok(reply::open(number, self.open_flags(direct, slow)))
     }
 
-    fn is_direct(&self, asked: OFlags) -> bool {
-        self.settings.allow_direct_io && asked.contains(OFlags::DIRECT)
-    }
-
-    fn handle(&self, node: u64, opened: Opened) -> Handle {
-        let asked = OFlags::from_bits_retain(opened.flags);
-        Handle {
-            file: opened.file,
-            node,
-            cursor: None,
-            privileged: AtomicBool::new(u32::from(opened.stat.stx_mode) & PRIVILEGED != 0),
-            patient: AtomicBool::new(false),
-            slow: self.is_slow(node) || self.is_direct(asked) || asked.intersects(OFlags::SYNC | OFlags::DSYNC),
-        }
+    /// A file that is open with these flags.
+    pub(super) fn handle(&self, node: u64, file: OwnedFd, stat: &Statx, flags: OFlags) -> Handle {
+        let direct = self.settings.allow_direct_io && flags.contains(OFlags::DIRECT);
+        let slow = self.is_slow(node) || direct || flags.intersects(OFlags::SYNC | OFlags::DSYNC);
+        let privileged = AtomicBool::new(u32::from(stat.stx_mode) & PRIVILEGED != 0);
+        Handle { privileged, ..Handle::new(file, node, None, slow) }
     }
 
     fn open_flags(&self, direct: bool, slow: bool) -> u32 {
@@ -315,15 +310,7 @@ impl Share {
             return Err(Errno::NOSYS);
         }
         let file = self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let handle = Handle {
-            file,
-            node,
-            cursor: Some(Mutex::new(0)),
-            privileged: AtomicBool::new(false),
-            patient: AtomicBool::new(false),
-            slow: false,
-        };
-        let number = self.tree.handles.insert(handle)?;
+        let number = self.tree.handles.insert(Handle::new(file, node, Some(0), false))?;
         let flags = match self.settings.cache {
             Cache::Always | Cache::Metadata => fopen::KEEP_CACHE | fopen::CACHE_DIR,
             Cache::Auto | Cache::Never => 0,

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
@@ -49,6 +50,11 @@ impl Owned {
         self.list().retain(|(of, _), held| *of != node || held.handle != handle);
     }
 
+    /// Whose inodes are, or were, locked by anybody who still has them open.
+    pub(crate) fn nodes(&self) -> Vec<u64> {
+        self.list().keys().map(|(node, _)| *node).collect()
+    }
+
     pub(crate) fn clear(&self) {
         self.list().clear();
     }
@@ -77,7 +83,7 @@ impl Share {
                 LockKind::Exclusive => FlockOperation::NonBlockingLockExclusive,
                 LockKind::None => FlockOperation::NonBlockingUnlock,
             };
-            flock(&handle.file, how)
+            flock(&handle.file, how).inspect(|()| handle.locked.store(lock.kind != LockKind::None, Ordering::Relaxed))
         } else {
             let (start, len) = range(lock)?;
             let file = self.owned((node, number), owner)?;

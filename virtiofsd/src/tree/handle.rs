@@ -30,6 +30,17 @@ pub(crate) struct Handle {
     pub(crate) patient: AtomicBool,
     /// Its file system asks somebody else.
     pub(crate) slow: bool,
+    /// The whole file was locked by way of it, here on the host.
+    pub(crate) locked: AtomicBool,
+}
+
+impl Handle {
+    /// A file, or a directory that is read from this place.
+    pub(crate) fn new(file: OwnedFd, node: u64, cursor: Option<u64>, slow: bool) -> Handle {
+        let flag = || AtomicBool::new(false);
+        let cursor = cursor.map(Mutex::new);
+        Handle { file, node, cursor, privileged: flag(), patient: flag(), slow, locked: flag() }
+    }
 }
 
 /// All handles of a share.
@@ -58,12 +69,49 @@ impl Handles {
         let number = (handle.node ^ (handle.node >> 6)) % SHARDS;
         let inserted = if count < self.most { self.lock(number).insert(Arc::new(handle), 1 << PLACE_BITS) } else { None };
         match inserted {
-            Some(key) => Ok(u64::from(key.generation) << (SHARD_BITS + PLACE_BITS) | u64::from(key.place) << SHARD_BITS | number),
+            Some(key) => Ok(number_of(number, key)),
             None => {
                 self.count.fetch_sub(1, Ordering::Relaxed);
                 Err(Errno::NFILE)
             }
         }
+    }
+
+    /// Gives a handle the number that it had elsewhere. `None`: it is none, or taken.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub(crate) fn restore(&self, number: u64, handle: Handle) -> Result<Option<()>, Errno> {
+        let (shard, key) = place_of(number)?;
+        if self.count.fetch_add(1, Ordering::Relaxed) >= self.most {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+            return Err(Errno::NFILE);
+        }
+        // No table was ever longer than there may be handles.
+        let restored = self.lock(shard).restore(key, Arc::new(handle), self.most);
+        if restored.is_none() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
+        Ok(restored)
+    }
+
+    /// None, and room for none.
+    pub(crate) fn renew(&self) {
+        self.clear();
+        (0..SHARDS).for_each(|number| self.lock(number).renew());
+    }
+
+    /// After the last [`Handles::restore`].
+    pub(crate) fn settle(&self) {
+        (0..SHARDS).for_each(|number| self.lock(number).settle());
+    }
+
+    /// All of them, with their numbers.
+    pub(crate) fn all(&self) -> Vec<(u64, Arc<Handle>)> {
+        let of = |number: u64| -> Vec<_> {
+            self.lock(number).all().map(|(key, handle)| (number_of(number, key), Arc::clone(handle))).collect()
+        };
+        (0..SHARDS).flat_map(of).collect()
     }
 
     /// The handle of this number, if it is one of this inode.
@@ -122,6 +170,10 @@ impl Handles {
         #[expect(clippy::indexing_slicing, reason = "there are as many as the remainder may be")]
         self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn number_of(shard: u64, key: Key) -> u64 {
+    u64::from(key.generation) << (SHARD_BITS + PLACE_BITS) | u64::from(key.place) << SHARD_BITS | shard
 }
 
 fn place_of(number: u64) -> Result<(u64, Key), Errno> {

@@ -50,6 +50,11 @@ impl Kind {
     pub(crate) fn of(mode: u16) -> Kind {
         Kind(mode.to_be_bytes()[0] >> 4)
     }
+
+    /// The number that stands for it.
+    pub(crate) fn number(self) -> u8 {
+        self.0
+    }
 }
 
 /// An inode that the guest may know.

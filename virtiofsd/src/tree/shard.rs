@@ -83,12 +83,37 @@ impl Shard {
 
     /// A node that is not known.
     pub(crate) fn insert(&mut self, node: Node, most: u32) -> Option<Key> {
-        let (seed, identity) = (self.seed, node.identity);
+        let identity = node.identity;
         let key = self.nodes.insert(node, most)?;
-        let nodes = &self.nodes;
-        let rehash = |place: &u32| nodes.at(*place).map_or(0, |node| hash(seed, &node.identity));
-        self.index.insert_unique(hash(seed, &identity), key.place, rehash);
+        self.list(key.place, identity);
         Some(key)
+    }
+
+    /// The same under the key that it had elsewhere.
+    pub(crate) fn restore(&mut self, key: Key, node: Node, most: u32) -> Option<()> {
+        let identity = node.identity;
+        self.nodes.restore(key, node, most)?;
+        self.list(key.place, identity);
+        Some(())
+    }
+
+    pub(crate) fn renew(&mut self) {
+        self.clear();
+        self.nodes.renew();
+    }
+
+    pub(crate) fn settle(&mut self) {
+        self.nodes.settle();
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = (Key, &Node)> {
+        self.nodes.all()
+    }
+
+    fn list(&mut self, place: u32, identity: Identity) {
+        let (seed, nodes) = (self.seed, &self.nodes);
+        let rehash = |place: &u32| nodes.at(*place).map_or(0, |node| hash(seed, &node.identity));
+        self.index.insert_unique(hash(seed, &identity), place, rehash);
     }
 
     /// Takes a node out that nobody refers to. Its descriptor is closed with it.

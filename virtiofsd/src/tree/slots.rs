@@ -61,6 +61,44 @@ impl<T> Slots<T> {
         Some(Key { place, generation })
     }
 
+    /// Puts something in under the key that it had elsewhere, in one of the first `most` places. `None`: it is none, or taken. Places that
+    /// are passed over are free after [`Slots::settle`], which comes after the last.
+    pub(crate) fn restore(&mut self, key: Key, value: T, most: u32) -> Option<()> {
+        if key.place >= most || key.generation == 0 {
+            return None;
+        }
+        while self.slot_mut(key.place).is_none() {
+            self.grow()?;
+        }
+        let slot = self.slot_mut(key.place).filter(|slot| slot.value.is_none())?;
+        slot.generation = key.generation;
+        slot.value = Some(value);
+        self.count = self.count.saturating_add(1);
+        Some(())
+    }
+
+    /// Begins anew, with other numbers than before, and gives the room back.
+    pub(crate) fn renew(&mut self) {
+        *self = Slots::new(self.epoch.wrapping_add(1 << 28));
+    }
+
+    /// Every place that is not taken is free.
+    pub(crate) fn settle(&mut self) {
+        let mut free = NONE;
+        for (place, slot) in (0..).zip(self.blocks.iter_mut().flatten()) {
+            if slot.value.is_none() {
+                slot.next = std::mem::replace(&mut free, place);
+            }
+        }
+        self.free = free;
+    }
+
+    /// All entries, with their keys.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (Key, &T)> {
+        let slots = (0..).zip(self.blocks.iter().flatten());
+        slots.filter_map(|(place, slot)| slot.value.as_ref().map(|value| (Key { place, generation: slot.generation }, value)))
+    }
+
     fn grow(&mut self) -> Option<u32> {
         let blocks = self.blocks.len();
         let last = self.blocks.last().map_or(BLOCK, Vec::len);
@@ -110,11 +148,7 @@ impl<T> Slots<T> {
 
     /// Takes everything out. No number of it leads anywhere after that.
     pub(crate) fn clear(&mut self) {
-        let places = (0..).zip(self.blocks.iter().flatten());
-        let keys: Vec<Key> = places
-            .filter(|(_, slot)| slot.value.is_some())
-            .map(|(place, slot)| Key { place, generation: slot.generation })
-            .collect();
+        let keys: Vec<Key> = self.all().map(|(key, _)| key).collect();
         for key in keys {
             self.remove(key);
         }
@@ -156,5 +190,21 @@ mod tests {
         let again: Vec<_> = (0..1000).map(|value| slots.insert(value, 2000).unwrap()).collect();
         assert_eq!(again.iter().map(|key| key.place).max(), Some(999));
         assert_eq!(slots.len(), 1000);
+    }
+
+    #[test]
+    fn what_comes_from_elsewhere_keeps_its_number() {
+        let mut slots = Slots::new(7);
+        let (far, near) = (Key { place: 700, generation: 99 }, Key { place: 3, generation: 5 });
+        assert_eq!(slots.restore(far, 1, 1000), Some(()));
+        assert_eq!(slots.restore(near, 2, 1000), Some(()));
+        assert_eq!(slots.restore(Key { generation: 6, ..near }, 3, 1000), None, "the place is taken");
+        assert_eq!(slots.restore(Key { place: 1000, generation: 5 }, 3, 1000), None, "there is no such place");
+        assert_eq!(slots.restore(Key { place: 9, generation: 0 }, 3, 1000), None, "nothing has that number");
+        slots.settle();
+        assert_eq!((slots.get_mut(far).copied(), slots.len()), (Some(1), 2));
+        let others: Vec<_> = (0..998).map(|value| slots.insert(value, 1000).unwrap().place).collect();
+        assert!(!others.contains(&700) && !others.contains(&3));
+        assert_eq!((others.iter().max(), slots.insert(0, 1000)), (Some(&999), None));
     }
 }

@@ -1,17 +1,19 @@
 //! What a frontend needs that moves its guest to another host: the log of written pages, and the device's state.
 //!
-//! The state is what the device's driver has set and no other message says again ([`Device::save`]): a few bytes. To save it, the frontend
-//! gives a pipe, into which all of it is written at once. To load it, the frontend gives a pipe and writes into it when it likes; the
-//! state is read when the frontend asks how it went. Either end of a pipe is the frontend's, so nothing is read beyond [`MOST`], and
-//! nobody is waited for longer than [`STATE_LIMIT`].
+//! The state is what the device's driver has set and no other message says again ([`Device::save`]): a few bytes of a disk, many of a file
+//! server. It goes through a pipe that the frontend gives, in pieces, as the pipe takes or gives them: between the frontend's messages,
+//! since a frontend fills a pipe before it says more. What a device was given is looked at when the frontend asks how it went. Either end
+//! of a pipe is the frontend's, so nothing is read beyond what the device has a use for ([`Device::most_state`]), and when the frontend
+//! asks, nobody is waited for longer than [`STATE_LIMIT`].
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
+use tracing::warn;
 use vhost::vhost_user::message::FrontendReq;
 use virtio::device::Device;
 use virtio::dirty::DirtyLog;
@@ -22,10 +24,11 @@ use crate::features::LOG_SHMFD;
 use crate::wire::{Deadline, Message};
 use crate::{Error, Result};
 
-/// Most bytes of a device's state. A pipe takes as many at once.
-const MOST: usize = 4096;
+/// Bytes of a piece, and pieces that are moved before the frontend is listened to again.
+const PIECE: usize = 64 * 1024;
+const PIECES: usize = 64;
 
-/// How long a frontend may take to write a state, or to take one.
+/// How long a frontend may take over the rest of a state, once it has asked how it went.
 const STATE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Directions of a transfer.
@@ -38,10 +41,85 @@ const NO_FD: u64 = 1 << 8;
 /// A transfer that was begun.
 #[derive(Debug)]
 pub(super) enum State {
-    /// It is still to be read.
-    Loading(OwnedFd),
-    /// It is saved, or that went wrong.
-    Saved(bool),
+    /// It is still to be written from here on.
+    Saving { pipe: OwnedFd, state: Vec<u8>, at: usize },
+    /// It is still to be read to its end, and may have so many bytes.
+    Loading { pipe: OwnedFd, state: Vec<u8>, most: usize },
+    /// It was read to its end.
+    Came(Vec<u8>),
+    /// It was written.
+    Saved,
+    /// That went wrong.
+    Failed,
+}
+
+impl State {
+    /// What is waited for.
+    pub(super) fn waits_for(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        match self {
+            State::Saving { pipe, .. } => Some((pipe.as_fd(), PollFlags::OUT)),
+            State::Loading { pipe, .. } => Some((pipe.as_fd(), PollFlags::IN)),
+            State::Came(_) | State::Saved | State::Failed => None,
+        }
+    }
+
+    /// Moves what the pipe takes or gives now. The pipe is closed with what ends it.
+    pub(super) fn advance(&mut self) {
+        for _ in 0..PIECES {
+            match self.piece() {
+                Ok(Some(ended)) => *self = ended,
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(errno) => {
+                    warn!(target: virtio::GUEST, "The pipe for the device's state fails: {errno}");
+                    *self = State::Failed;
+                }
+            }
+            if self.waits_for().is_none() {
+                return;
+            }
+        }
+    }
+
+    fn piece(&mut self) -> std::result::Result<Option<State>, Errno> {
+        match self {
+            State::Saving { pipe, state, at } => {
+                let rest = state.get(*at..).unwrap_or_default();
+                let piece = rest.get(..PIECE).unwrap_or(rest);
+                if piece.is_empty() {
+                    return Ok(Some(State::Saved));
+                }
+                *at = at.saturating_add(rustix::io::write(pipe, piece)?);
+            }
+            State::Loading { pipe, state, most } => {
+                let mut piece = [0; PIECE];
+                let read = rustix::io::read(pipe, &mut piece)?;
+                if read == 0 {
+                    return Ok(Some(State::Came(std::mem::take(state))));
+                }
+                state.extend_from_slice(piece.get(..read).unwrap_or_default());
+                if state.len() > *most {
+                    warn!(target: virtio::GUEST, "The device's state is longer than {most} bytes, which no such device has");
+                    return Ok(Some(State::Failed));
+                }
+            }
+            State::Came(_) | State::Saved | State::Failed => {}
+        }
+        Ok(None)
+    }
+
+    /// Moves the rest, if it does not take long.
+    fn finish(mut self) -> State {
+        let deadline = Deadline::after(STATE_LIMIT);
+        loop {
+            self.advance();
+            match self.waits_for() {
+                None => return self,
+                Some((pipe, events)) if ready(pipe, events, deadline) => {}
+                Some(_) => return State::Failed,
+            }
+        }
+    }
 }
 
 impl<D: Device> Backend<D> {
@@ -66,66 +144,48 @@ impl<D: Device> Backend<D> {
     pub(super) fn transfer_state(&mut self, message: &mut Message) -> Result<Answer> {
         self.must_be_quiet(FrontendReq::SET_DEVICE_STATE_FD)?;
         let (direction, phase) = message.u32_pair()?;
-        let fd = message.one_fd()?;
+        let pipe = message.one_fd()?;
         if phase != 0 {
             return Err(refused(FrontendReq::SET_DEVICE_STATE_FD, &format!("there is no phase {phase}")));
         }
         let failed = |errno: Errno| Error::socket("use the pipe for the device's state")(errno);
-        let flags = fcntl_getfl(&fd).map_err(failed)?;
-        fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(failed)?;
-        self.connection.state = Some(match direction {
-            SAVE => State::Saved(save(&fd, &self.device.save())),
-            LOAD => State::Loading(fd),
+        let flags = fcntl_getfl(&pipe).map_err(failed)?;
+        fcntl_setfl(&pipe, flags | OFlags::NONBLOCK).map_err(failed)?;
+        let state = match direction {
+            SAVE => match self.device.save() {
+                Ok(state) => State::Saving { pipe, state, at: 0 },
+                Err(why) => {
+                    warn!(target: virtio::GUEST, "The device's state cannot be saved: {why}");
+                    self.connection.state = Some(State::Failed);
+                    return Ok(Answer::Number(NO_FD | 1));
+                }
+            },
+            LOAD => State::Loading { pipe, state: Vec::new(), most: self.device.most_state() },
             other => return Err(refused(FrontendReq::SET_DEVICE_STATE_FD, &format!("there is no direction {other}"))),
-        });
+        };
+        self.connection.state.insert(state).advance();
         Ok(Answer::Number(NO_FD))
     }
 
     /// Zero: it went well.
     pub(super) fn check_state(&mut self) -> Result<Answer> {
         self.must_be_quiet(FrontendReq::CHECK_DEVICE_STATE)?;
-        let well = match self.connection.state.take() {
-            Some(State::Saved(well)) => well,
-            Some(State::Loading(fd)) => load(&fd).is_some_and(|state| self.device.load(&state).is_ok()),
-            None => false,
+        let well = match self.connection.state.take().map(State::finish) {
+            Some(State::Saved) => true,
+            Some(State::Came(state)) => match self.device.load(&state) {
+                Ok(()) => true,
+                Err(why) => {
+                    warn!(target: virtio::GUEST, "The device's state cannot be taken over: {why}");
+                    false
+                }
+            },
+            _ => false,
         };
         Ok(Answer::Number(u64::from(!well)))
     }
 }
 
-/// Writes all of a state. `false`: the pipe does not take it.
-fn save(fd: &OwnedFd, state: &[u8]) -> bool {
-    let (deadline, mut rest) = (Deadline::after(STATE_LIMIT), state);
-    while !rest.is_empty() {
-        match rustix::io::write(fd, rest) {
-            Ok(written) => rest = rest.get(written..).unwrap_or_default(),
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) if ready(fd, PollFlags::OUT, deadline) => {}
-            Err(_) => return false,
-        }
-    }
-    true
-}
-
-/// Reads a state to its end. `None`: there is no end, or not in time.
-fn load(fd: &OwnedFd) -> Option<Vec<u8>> {
-    let deadline = Deadline::after(STATE_LIMIT);
-    let (mut state, mut piece) = (Vec::new(), [0; 512]);
-    loop {
-        match rustix::io::read(fd, &mut piece) {
-            Ok(0) => return Some(state),
-            Ok(read) => state.extend_from_slice(piece.get(..read)?),
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) if ready(fd, PollFlags::IN, deadline) => {}
-            Err(_) => return None,
-        }
-        if state.len() > MOST {
-            return None;
-        }
-    }
-}
-
-fn ready(fd: &OwnedFd, events: PollFlags, deadline: Deadline) -> bool {
+fn ready(pipe: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> bool {
     let Some(left) = deadline.left() else { return false };
-    matches!(poll(&mut [PollFd::from_borrowed_fd(fd.as_fd(), events)], Some(&left)), Ok(1) | Err(Errno::INTR))
+    matches!(poll(&mut [PollFd::from_borrowed_fd(pipe, events)], Some(&left)), Ok(1) | Err(Errno::INTR))
 }

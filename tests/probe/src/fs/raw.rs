@@ -97,12 +97,21 @@ impl Raw {
     /// # Errors
     /// When the backend is none, or has fewer.
     pub fn open(stream: UnixStream, queues: u16) -> Result<Raw> {
+        Raw::open_after(stream, queues, |_| Ok(()))
+    }
+
+    /// The same, with something to do before the queues start.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn open_after(stream: UnixStream, queues: u16, before: impl FnOnce(&mut Device) -> Result<()>) -> Result<Raw> {
         let shape = Shape { queues: queues + FIRST, memory: 40 << 20, ..Shape::default() };
         let mut device = Device::connect(stream, shape, 0)?;
         let mut place = || device.memory_mut().take(SIDE.into(), 4096, 2);
         // One more is for buffers that are offered as they are.
         let places = (0..=SLOTS).map(|_| Ok(Place { request: place()? + 4096 - u64::from(BEFORE_DATA), answer: place()? + 16 }));
         let places = places.collect::<Result<Vec<_>>>()?;
+        before(&mut device)?;
         device.start()?;
         Ok(Raw { device, places, busy: vec![false; SLOTS], came: Vec::new(), unique: 0 })
     }

@@ -24,7 +24,7 @@ const BUDGETS: [(&str, &[(&str, usize)]); 5] = [
     ("outboard-blk", &[("", 22), ("erasing queue", 18)]),
     ("outboard-console", &[("", 25)]),
     ("outboard-rng", &[("", 22)]),
-    ("outboard-virtiofsd", &[("", 60), ("control", 20), ("queue", 52), ("slow", 50)]),
+    ("outboard-virtiofsd", &[("", 60), ("control", 22), ("queue", 52), ("slow", 50)]),
     ("outboard-vmm", &[("control", 35), ("cpu", 18)]),
 ];
 

@@ -3,12 +3,15 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use suite::{Scratch, Server, program};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -189,4 +192,123 @@ fn a_guest_of_qemu_boots_from_a_directory_that_an_ordinary_user_shares() {
         assert_eq!((about.uid(), about.gid()), (Directory::USER, Directory::USER), "{path} is the user's");
     }
     assert!(!house.join("root/big").exists());
+}
+
+/// What is said to QEMU over its control socket, and what it answers.
+fn say(socket: &Path, command: &str, arguments: Value) -> Value {
+    let stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    let mut answer = Value::Null;
+    for (command, arguments) in [("qmp_capabilities", json!({})), (command, arguments)] {
+        writeln!(&stream, "{}", json!({ "execute": command, "arguments": arguments })).unwrap();
+        let mut told = lines.by_ref().map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+        answer = told.find(|told| told.get("event").is_none()).unwrap();
+    }
+    answer
+}
+
+/// Waits until a guest has moved. Gives why it has not.
+fn moved(socket: &Path) -> Result<(), String> {
+    let start = Instant::now();
+    loop {
+        assert!(start.elapsed() < LIMIT, "the guest does not arrive");
+        let told = say(socket, "query-migrate", json!({}))["return"].clone();
+        match told["status"].as_str() {
+            Some("completed") => return Ok(()),
+            Some("failed" | "cancelled") => return Err(told.to_string()),
+            _ => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+/// A place to which a guest can move: a machine of QEMU's, and a server for each of its devices.
+struct Place {
+    qemu: Qemu,
+    control: PathBuf,
+    share: Server,
+    _disks: [Server; 2],
+    _scratches: [Scratch; 4],
+}
+
+impl Place {
+    fn new(script: &Path, house: &Path, words: &[&str], incoming: Option<&Path>) -> Place {
+        let [one, two, three, rest] = [(); 4].map(|()| Scratch::new());
+        let root = blk(&one, &place("OUTBOARD_GUEST").join("root.img"), &["--read-only"]);
+        let text = blk(&two, script, &["--read-only"]);
+        let share =
+            Server::start("outboard-virtiofsd", &three, &[&["--shared-dir", house.to_str().unwrap()][..], words].concat());
+        let control = rest.path("control");
+        let mut devices = [disk(&root, "a", 1), disk(&text, "b", 1)].concat();
+        devices.extend(["-chardev".to_owned(), format!("socket,id=f,path={}", share.socket.display())]);
+        devices.extend(["-device".to_owned(), "vhost-user-fs-pci,chardev=f,tag=house".to_owned()]);
+        devices.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", control.display())]);
+        if let Some(socket) = incoming {
+            devices.extend(["-incoming".to_owned(), format!("unix:{}", socket.display())]);
+        }
+        let qemu = Qemu::start(&rest, "", &devices);
+        Place { qemu, control, share, _disks: [root, text], _scratches: [one, two, three, rest] }
+    }
+}
+
+/// The guest has files open, reads a directory, writes all the time and is in a directory of the share; then it is on another machine,
+/// with another server of the same directory.
+#[test]
+fn a_guest_of_qemu_takes_its_open_files_to_another_machine() {
+    let rest = Scratch::new();
+    let house = rest.path("house");
+    fs::create_dir_all(house.join("dir/sub")).unwrap();
+    fs::write(house.join("long"), (0..200_000).map(|n| format!("line {n}\n")).collect::<String>()).unwrap();
+    let command = "set -e; mount -t virtiofs house /mnt; cd /mnt/dir/sub\n\
+        exec 3<>/mnt/file 4</mnt/long 5>>/mnt/log; echo before >&3; read first <&4; read second <&4; echo made >/mnt/dir/made\n\
+        n=0; while ! [ -e /mnt/moved ]; do n=$((n+1)); echo tick $n >&5; echo $n >/mnt/dir/n-$n; [ $n = 3 ] && echo ready-to-move; sleep 0.1; done\n\
+        echo after >&3; read third <&4; echo \"$first $second $third\" >>/mnt/read; echo $n >/mnt/count; echo here >here; cat /mnt/dir/made\n\
+        test \"$(cat /proc/self/fd/4 | wc -l)\" -ge 100000; test $(ls /mnt/dir | wc -l) = $((n+2)); mv /mnt/file /mnt/dir/file; echo more >&3\n\
+        if dmesg | grep -v Speculative | grep -iE 'WARNING:|BUG:|virtio.*error'; then exit 9; fi";
+    let script = script(&rest, command);
+    let socket = rest.path("way");
+    let mut here = Place::new(&script, &house, &[], None);
+    here.qemu.wait_for("ready-to-move");
+    let mut there = Place::new(&script, &house, &[], Some(&socket));
+    suite::wait_for("the other machine", || socket.exists().then_some(()));
+    say(&here.control, "migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
+    moved(&here.control).unwrap();
+    let worker = here.share.worker();
+    drop(here);
+    suite::wait_for("the end of who served it before", || (!Path::new("/proc").join(worker.to_string()).exists()).then_some(()));
+    fs::write(house.join("moved"), "").unwrap();
+    there.qemu.wait_for("outboard-run: exit");
+    assert!(there.qemu.text().contains("outboard-run: exit 0"), "{}", there.qemu.text());
+    assert_eq!(fs::read_to_string(house.join("dir/file")).unwrap(), "before\nafter\nmore\n");
+    assert_eq!(fs::read_to_string(house.join("read")).unwrap(), "line 0 line 1 line 2\n");
+    let count: usize = fs::read_to_string(house.join("count")).unwrap().trim().parse().unwrap();
+    let ticks: String = (1..=count).map(|n| format!("tick {n}\n")).collect();
+    assert_eq!(fs::read_to_string(house.join("log")).unwrap(), ticks, "nothing is lost, and nothing done twice");
+    assert_eq!(fs::read_to_string(house.join("dir/sub/here")).unwrap(), "here\n");
+}
+
+/// A guest that has something open which has no name stays where it is, and goes on.
+#[test]
+fn a_guest_of_qemu_that_cannot_move_stays() {
+    let rest = Scratch::new();
+    let house = rest.path("house");
+    fs::create_dir(&house).unwrap();
+    let command = "set -e; mount -t virtiofs house /mnt; exec 3<>/mnt/gone; rm /mnt/gone; echo begun >&3; echo ready-to-move\n\
+        while ! [ -e /mnt/stayed ]; do sleep 0.1; done; echo ended >&3; cat /proc/self/fd/3 >/mnt/content";
+    let script = script(&rest, command);
+    let socket = rest.path("way");
+    let mut here = Place::new(&script, &house, &[], None);
+    here.qemu.wait_for("ready-to-move");
+    let there = Place::new(&script, &house, &[], Some(&socket));
+    suite::wait_for("the other machine", || socket.exists().then_some(()));
+    say(&here.control, "migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
+    let why = moved(&here.control).unwrap_err();
+    assert!(why.contains("vhost-user-fs"), "{why}");
+    drop(there);
+    say(&here.control, "cont", json!({}));
+    fs::write(house.join("stayed"), "").unwrap();
+    here.qemu.wait_for("outboard-run: exit");
+    assert!(here.qemu.text().contains("outboard-run: exit 0"), "{}", here.qemu.text());
+    assert_eq!(fs::read_to_string(house.join("content")).unwrap(), "begun\nended\n");
 }
