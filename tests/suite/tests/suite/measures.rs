@@ -107,14 +107,14 @@ fn a_bench_of_a_share_counts_what_the_server_has_answered() {
 
 #[test]
 fn a_limited_share_keeps_to_its_rates() {
-    // What fills the file is a burst; half a second follows.
+    // What fills the file is a burst, which may be there again when half a second of measuring begins.
     let (said, [_, limited]) = measured_share(&["--limit-ops", "1000:600"], &["--seconds", "0.5", "--depth", "8"]);
     let requests = said["requests"].as_u64().unwrap();
-    assert!((300..=700).contains(&requests) && limited > 0, "1000 a second: {said}, {limited}");
+    assert!((300..=1200).contains(&requests) && limited > 0, "1000 a second: {said}, {limited}");
     let limits = ["--limit-bytes", "33554432:67108864"];
     let (said, [_, limited]) = measured_share(&limits, &["--seconds", "0.5", "--load", "read", "--block-size", "65536"]);
     let bytes = said["requests"].as_u64().unwrap() << 16;
-    assert!(((8 << 20)..=(24 << 20)).contains(&bytes) && limited > 0, "32 MiB a second: {said}, {limited}");
+    assert!(((8 << 20)..=(96 << 20)).contains(&bytes) && limited > 0, "32 MiB a second: {said}, {limited}");
     let (said, [_, limited]) = measured_share(&limits, &["--seconds", "0.1", "--depth", "8"]);
     assert!(said["requests"].as_u64().unwrap() > 500 && limited == 0, "what moves no bytes is not limited by them: {said}");
 }
