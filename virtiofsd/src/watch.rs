@@ -54,6 +54,8 @@ pub(crate) struct Watch {
 /// When something changed in each: milliseconds since the beginning, and one more; zero for never.
 #[derive(Debug, Default)]
 struct Directories {
+    /// How often one was watched since all were given up.
+    asked: usize,
     changed: Vec<AtomicU64>,
     by_node: HashMap<u64, Option<usize>>,
     by_file: HashMap<RawHandle, usize>,
@@ -78,16 +80,24 @@ impl Watch {
         }
         let place = open().and_then(|fd| self.watch(magic, fd.as_fd()));
         let mut directories = self.directories.write().unwrap_or_else(PoisonError::into_inner);
-        if directories.by_node.len() >= MOST {
+        if directories.asked >= MOST {
             let _what_stays_is_of_no_use = sys::unwatch_all(self.group.as_fd());
-            *directories = Directories::default();
+            directories.asked = 0;
+            directories.clear();
         }
+        directories.asked = directories.asked.saturating_add(1);
         let place = place.map(|file| directories.place(file));
         directories.by_node.insert(node, place);
         self.since(&directories, place)
     }
 
-    /// The same of one that is watched already; any other is as quiet as can be.
+    /// The guest begins anew, perhaps with other numbers. Whoever calls this may not have what is watched given up; that comes when there
+    /// is too much of it.
+    pub(crate) fn clear(&self) {
+        self.directories.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// As [`Watch::quiet`], of one that is watched already; any other is as quiet as can be.
     pub(crate) fn quiet_if_known(&self, node: u64) -> Duration {
         let directories = self.directories.read().unwrap_or_else(PoisonError::into_inner);
         directories.by_node.get(&node).map_or(Duration::MAX, |place| self.since(&directories, *place))
@@ -151,6 +161,12 @@ impl Watch {
 }
 
 impl Directories {
+    fn clear(&mut self) {
+        self.changed.clear();
+        self.by_node.clear();
+        self.by_file.clear();
+    }
+
     /// Two directories of different file systems may have the same handle: they share a place, and are not quiet if one of them is not.
     fn place(&mut self, file: RawHandle) -> usize {
         *self.by_file.entry(file).or_insert_with(|| {

@@ -59,6 +59,9 @@ impl Share {
         self.waiting.interrupt_all();
         self.locks.clear();
         self.tree.forget_all();
+        if let Some(watch) = &self.watch {
+            watch.clear();
+        }
     }
 
     pub(super) fn forget(&self, node: u64, count: u64) -> Outcome {

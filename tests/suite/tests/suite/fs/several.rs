@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 
+use probe::fs::message::ROOT;
+use probe::fs::raw::Raw;
 use rustix::io::{FdFlags, fcntl_setfd};
 use suite::virtiofsd::Virtiofsd;
 use suite::{Scratch, program, run, wait_for};
@@ -41,6 +43,11 @@ fn each_share_is_itself_and_outlives_the_guests_of_the_others() {
         wait_for("its socket", || socket.exists().then_some(()));
         assert!(info(socket).contains(tag), "{tag}: {}", info(socket));
     }
+    // Each has a thread that talks to its frontend, and can do all that this takes.
+    let mut guest = Raw::begin(UnixStream::connect(&second).unwrap(), 2).unwrap();
+    let node = guest.lookup(ROOT, "which").unwrap();
+    assert!(guest.device.save_state().unwrap().len() > 50, "a state with {node} in it");
+    drop(guest);
     let [one, two, three] = scratch;
     let mut one = Mounted::of(one, &socket, Some(server), &["--queues", "2"]);
     let mut two = Mounted::of(two, &second, None, &[]);
