@@ -24,6 +24,7 @@ mod killed;
 mod labels;
 mod locks;
 mod made_here;
+mod mapped;
 mod mounted;
 mod names;
 mod open_files;
