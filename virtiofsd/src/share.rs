@@ -43,6 +43,10 @@ impl Opened {
         if !matches!(kind, FileType::Directory | FileType::RegularFile) {
             bail!("Cannot share {}: it is neither a directory nor a file", config.place);
         }
+        // A guest that collects writes takes its own word for how long a file is, and of the first one it knows it has heard nothing.
+        if kind == FileType::RegularFile && config.settings.writeback {
+            bail!("Cannot share {} with --writeback: that takes a directory", config.place);
+        }
         let magic = Magic::open()?;
         let by_handle = match config.file_handles {
             FileHandles::Never => None,

@@ -131,6 +131,9 @@ pub enum Fs {
         socket: PathBuf,
         /// Where: a folder
         folder: PathBuf,
+        /// The share is a single file, and so is the place for it
+        #[arg(long)]
+        file: bool,
         /// Cut requests into buffers at random, as no guest does and every guest may
         #[arg(long)]
         scatter: bool,

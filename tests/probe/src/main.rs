@@ -77,7 +77,9 @@ fn run(verb: Verb) -> Result<bool> {
             show(&fs::bench::run(&mut share, plan)?, json);
             Ok(true)
         }
-        Verb::Fs(Fs::Mount { socket, folder, scatter, rings }) => share(&socket, &folder, &fs::Plan::new(rings, scatter)),
+        Verb::Fs(Fs::Mount { socket, folder, file, scatter, rings }) => {
+            share(&socket, (&folder, file), &fs::Plan::new(rings, scatter))
+        }
         Verb::Storm { what: StormOf::Blk { snapshots, plan } } => {
             kill(&plan, |backend, how, progress| storm::blk(backend, snapshots.as_deref(), how, progress))
         }
@@ -287,11 +289,11 @@ fn share_attack(wanted: &[String], list: bool, json: bool, command: Vec<String>)
     Ok(right == all.len())
 }
 
-fn share(socket: &Path, folder: &Path, plan: &fs::Plan) -> Result<bool> {
+fn share(socket: &Path, (folder, file): (&Path, bool), plan: &fs::Plan) -> Result<bool> {
     let signals = [Signal::INT, Signal::TERM, Signal::HUP].map(Signal::as_raw);
     let signals = sandbox::signal_fd(&signals).context("Cannot block signals")?;
     let share = Share::open(connect(socket)?, plan)?;
-    let mount = Mount::new(folder, &share.about.source())?;
+    let mount = Mount::new(folder, file, &share.about.source())?;
     let ended = Bridge::new(share, mount, signals).run();
     if ended.is_err() && plan.scatter {
         eprintln!("seed {}", plan.seed);

@@ -33,16 +33,19 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Mounts, and gives the descriptor that requests are read from, without blocking.
+    /// Mounts on a folder, or, what is a single `file`, on a file, and gives the descriptor that requests are read from, without blocking.
     ///
     /// Nothing on it is a device, and no program on it changes its user: the server is not trusted with this host.
     ///
     /// # Errors
     /// With the folder.
-    pub fn new(folder: &Path, source: &str) -> Result<(Mount, OwnedFd)> {
+    pub fn new(folder: &Path, file: bool, source: &str) -> Result<(Mount, OwnedFd)> {
         let cannot = || format!("Cannot mount at {}", folder.display());
         let folder = std::fs::canonicalize(folder).with_context(cannot)?;
-        if !folder.is_dir() {
+        if file && !folder.is_file() {
+            bail!("Cannot mount at {}: it is no file", folder.display());
+        }
+        if !file && !folder.is_dir() {
             bail!("Cannot mount at {}: it is no folder", folder.display());
         }
         let (fuse, helped) = match directly(&folder, source) {
@@ -84,8 +87,9 @@ impl Mount {
 fn directly(folder: &Path, source: &str) -> rustix::io::Result<OwnedFd> {
     let fuse = open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+    let kind = if folder.is_dir() { "40000" } else { "100000" };
     let options =
-        format!("fd={},rootmode=40000,user_id={user},group_id={group},default_permissions,allow_other", fuse.as_raw_fd());
+        format!("fd={},rootmode={kind},user_id={user},group_id={group},default_permissions,allow_other", fuse.as_raw_fd());
     let options = CString::new(options).map_err(|_| Errno::INVAL)?;
     mount(source, folder, KIND, MountFlags::NOSUID | MountFlags::NODEV, &*options)?;
     Ok(fuse)

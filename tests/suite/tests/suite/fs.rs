@@ -34,6 +34,7 @@ mod posix;
 mod programs;
 mod room;
 mod several;
+mod single;
 mod watched;
 
 use mounted::{Mounted, can_mount, is_mounted, random, serve};
