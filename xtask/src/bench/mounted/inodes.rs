@@ -3,13 +3,14 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 
 use super::{Mounted, SIDES, row, turns};
 use crate::bench::Bench;
 use crate::bench::share::{ONE_THREAD, Who};
-use crate::bench::table::{Row, Spread, Target};
+use crate::bench::table::{Row, Target};
 use crate::cache;
 
 /// Each with so many files. More than there may be descriptors: a server that lists a directory opens it.
@@ -76,53 +77,55 @@ pub(super) fn many(bench: &Bench) -> Result<Vec<Row>> {
     let shared = bench.dir.join("many");
     in_halves(|half| make(&shared, half))?;
     let ours = walk(bench, Who::Ours, &shared).context("Ours")?;
-    let theirs = walk(bench, Who::OneThread, &shared);
+    let theirs = walk(bench, Who::OneThread, &shared).context("Upstream's")?;
     in_halves(|half| of_half(half).try_for_each(|number| cache::remove_tree(&shared.join(number.to_string()))))?;
-    let known = format!("{} inodes", FOLDERS * (FILES + 1));
-    let mut per_inode = Row::new("memory of a known inode", "bytes", ONE_THREAD).target(Target::Median(160.0));
-    let most = KEPT + ours.descriptors_before;
-    let mut open = Row::new("open descriptors meanwhile", "", ONE_THREAD).target(Target::Median(most as f64));
-    (per_inode.ours, open.ours) = (Some(Spread::fixed(ours.per_inode)), Some(Spread::fixed(ours.descriptors as f64)));
-    let note = match theirs {
-        Ok(theirs) => {
-            let (bytes, descriptors) = (Spread::fixed(theirs.per_inode), Spread::fixed(theirs.descriptors as f64));
-            (per_inode.theirs, open.theirs) = (Some(bytes), Some(descriptors));
-            format!("{known}; listing them took {:.0} s, upstream's {:.0} s", ours.seconds, theirs.seconds)
-        }
-        Err(error) => format!("{known}; upstream's: {error:#}"),
+    if let Some(error) = ours.stopped {
+        return Err(error.context(format!("Ours stopped after {} inodes", ours.inodes)));
+    }
+    let end = theirs.stopped.map_or_else(String::new, |error| format!(", where it stopped: {error:#}"));
+    let listed =
+        format!("{} inodes in {:.0} s; upstream's {} in {:.0} s{end}", ours.inodes, ours.seconds, theirs.inodes, theirs.seconds);
+    let row = |what, unit, [ours, theirs]: [f64; 2], most| {
+        Row::new(what, unit, ONE_THREAD).of(vec![ours], vec![theirs]).target(Target::Median(most))
     };
-    Ok(vec![per_inode.note(note), open.note(format!("{} of ours before", ours.descriptors_before))])
+    let open = [ours.descriptors, theirs.descriptors].map(|count| count as f64);
+    Ok(vec![
+        row("memory of a known inode", "bytes", [ours.per_inode, theirs.per_inode], 160.0).note(listed),
+        row("descriptors meanwhile", "", open, (KEPT + ours.descriptors_before) as f64),
+    ])
 }
 
 struct Walked {
+    inodes: usize,
+    stopped: Option<anyhow::Error>,
+    seconds: f64,
     per_inode: f64,
     descriptors_before: usize,
     descriptors: usize,
-    seconds: f64,
 }
 
 fn walk(bench: &Bench, who: Who, shared: &Path) -> Result<Walked> {
     let mounted = Mounted::new(bench, (who, 1), shared)?;
     let serving = mounted.serving()?;
     let (before, descriptors_before) = (Resident::of(serving)?, descriptors(serving)?);
-    let began = std::time::Instant::now();
-    let inodes = list(&mounted.folder)?;
+    let (mut inodes, began) = (0, Instant::now());
+    let stopped = list(&mounted.folder, &mut inodes).err();
     let seconds = began.elapsed().as_secs_f64();
-    let grown = Resident::of(serving)?.bytes() - before.bytes();
-    Ok(Walked { per_inode: grown / inodes as f64, descriptors_before, descriptors: descriptors(serving)?, seconds })
+    let per_inode = (Resident::of(serving)?.bytes() - before.bytes()) / inodes.max(1) as f64;
+    Ok(Walked { inodes, stopped, seconds, per_inode, descriptors_before, descriptors: descriptors(serving)? })
 }
 
 /// Lists a tree with all attributes, and counts.
-fn list(folder: &Path) -> Result<usize> {
-    let mut inodes = 0;
-    for entry in fs::read_dir(folder).context("Cannot list")? {
-        let entry = entry.context("Cannot list")?;
-        inodes += 1;
-        if entry.metadata().context("Cannot ask for attributes")?.is_dir() {
-            inodes += list(&entry.path()).with_context(|| format!("in a tree of which {inodes} parts were listed"))?;
+fn list(folder: &Path, inodes: &mut usize) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let is_dir = entry.metadata()?.is_dir();
+        *inodes += 1;
+        if is_dir {
+            list(&entry.path(), inodes)?;
         }
     }
-    Ok(inodes)
+    Ok(())
 }
 
 fn descriptors(pid: u32) -> Result<usize> {
