@@ -140,3 +140,9 @@ fn row(what: &str, unit: &'static str, measured: &Columns, column: usize, more_i
         None => row,
     }
 }
+
+/// One more thing to know of a row.
+fn also(row: Row, text: &str) -> Row {
+    let note = row.note.as_ref().map_or_else(|| text.to_owned(), |note| format!("{text}; {note}"));
+    row.note(note)
+}

@@ -15,7 +15,7 @@ use rustix::io::{Errno, read, write};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::calls::Traced;
-use super::{FORGOTTEN, Mounted, SIDES, Side, row, turns};
+use super::{FORGOTTEN, Mounted, SIDES, Side, also, row, turns};
 use crate::bench::Bench;
 use crate::bench::share::Who;
 use crate::bench::table::{Row, Target};
@@ -46,7 +46,7 @@ pub(super) fn stalls(bench: &Bench) -> Result<Vec<Row>> {
         rows.push(row(&format!("{name}, p50"), "ms", &measured, 0, false));
         rows.push(row(&format!("{name}, p99"), "ms", &measured, 1, false).target(Target::Median(1.0)));
         let longest = row(&format!("{name}, longest"), "ms", &measured, 2, false);
-        rows.push(longest.note("who waits long asks less: many a short answer hides one of these"));
+        rows.push(also(longest, "who waits long asks less: many a short answer hides one of these"));
     }
     Ok(rows)
 }
@@ -136,14 +136,12 @@ pub(super) fn calls(bench: &Bench) -> Result<Vec<Row>> {
         made.map(|()| [reads.work, reads.all, creates.work, creates.all].map(|calls| calls / f64::from(FILES)).to_vec())
     })?;
     let row = |what, column| row(what, "calls", &measured, column, false);
-    let counted = |row: Row| {
-        let other = row.note.clone().map(|note| format!("; {note}")).unwrap_or_default();
-        row.note(format!("strace -f -c of the serving process, without {}{other}", super::calls::WAITING.join(", ")))
-    };
+    let how = format!("strace -f -c of the serving process, without {}", super::calls::WAITING.join(", "));
+    let counted = |row: Row| also(row, &how).target(Target::Median(14.0));
     Ok(vec![
-        counted(row("cold read, server's calls but waiting", 0)).target(Target::Median(14.0)),
+        counted(row("cold read, server's calls but waiting", 0)),
         row("cold read, all of the server's calls", 1),
-        counted(row("file made, server's calls but waiting", 2)).target(Target::Median(14.0)),
+        counted(row("file made, server's calls but waiting", 2)),
         row("file made, all of the server's calls", 3),
     ])
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Mode, OFlags, open, syncfs};
 
-use super::{FORGOTTEN, Mounted, SIDES, row, turns};
+use super::{FORGOTTEN, Mounted, SIDES, also, row, turns};
 use crate::bench::table::{Row, Spread};
 use crate::bench::{Bench, process};
 use crate::{cache, host};
@@ -63,8 +63,7 @@ pub(super) fn git_status(bench: &Bench) -> Result<Vec<Row>> {
 }
 
 fn beside(row: Row, here: f64) -> Row {
-    let other = row.note.clone().map(|note| format!("; {note}")).unwrap_or_default();
-    row.note(format!("without a server: {here:.2}{other}"))
+    also(row, &format!("without a server: {here:.2}"))
 }
 
 /// Seconds of both.
