@@ -7,6 +7,7 @@ mod device;
 mod disk;
 mod guest;
 mod memory;
+mod mounted;
 mod process;
 mod share;
 mod start;
@@ -55,8 +56,10 @@ enum Group {
     Memory,
     /// The disk server: rate and processor time (3)
     Blk,
-    /// The file server: rate and latency (3)
+    /// The file server: rate and latency (3), and what belongs to fs-mount
     Fs,
+    /// The file server through a mount of this host: files, a tree, git, memory, system calls (1 to 3)
+    FsMount,
     /// Confining one process (30)
     Confinement,
     /// One small request to the rng process (5)
@@ -80,11 +83,12 @@ impl Part {
     }
 }
 
-const GROUPS: [(Group, &str, Parts); 7] = [
+const GROUPS: [(Group, &str, Parts); 8] = [
     (Group::Start, "start", start::parts),
     (Group::Memory, "memory", memory::parts),
     (Group::Blk, "blk", disk::parts),
     (Group::Fs, "fs", share::parts),
+    (Group::FsMount, "fs-mount", mounted::parts),
     (Group::Confinement, "confinement", || vec![Part::new("one process", device::confinement)]),
     (Group::Rng, "rng", || vec![Part::new("one byte", device::round_trip)]),
     (Group::Guest, "guest", || vec![Part::new("boot and requests", guest::rows)]),
@@ -147,7 +151,8 @@ type Measured = Vec<(&'static str, Vec<Row>)>;
 /// Every part, one after the other. One that fails is a row that says so, and costs the others nothing.
 fn measure(args: &Args, bench: &Bench) -> (Measured, Vec<String>) {
     let (mut groups, mut failed) = (Vec::new(), Vec::new());
-    let wanted = |group: &Group| args.only.is_empty() || args.only.contains(group);
+    let asked = |group: &Group| args.only.contains(group);
+    let wanted = |group: &Group| args.only.is_empty() || asked(group) || *group == Group::FsMount && asked(&Group::Fs);
     for (group, name, parts) in GROUPS.into_iter().filter(|(group, ..)| wanted(group)) {
         let _calm = Calm::new(group);
         let mut rows = Vec::new();

@@ -4,7 +4,8 @@ use rustix::fs::{AtFlags, Gid, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OM
 use rustix::io::Errno;
 
 use crate::abi::init;
-use crate::fs::{Io, Outcome, Share, Thread};
+use crate::fs::file::takes_long;
+use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::reply;
 use crate::request::{SetAttr, Time};
 use crate::sys;
@@ -17,6 +18,11 @@ pub(super) const PRIVILEGED: u32 = 0o6000;
 impl Share {
     pub(super) fn set_attr(&self, thread: &mut Thread, node: u64, change: &SetAttr, io: Io<'_>) -> Outcome {
         let fd = self.tree.fd(node)?;
+        if let Some(size) = change.size
+            && takes_long(&look(&fd, c"")?, size, io)
+        {
+            return Ok(Done::Slow);
+        }
         if let Some(mode) = change.mode {
             let changed = thread.credentials.keeping_ids_if(mode & PRIVILEGED != 0, || self.change_mode(node, &fd, mode));
             changed?;

@@ -23,6 +23,9 @@ use crate::tree::{ROOT, look};
 /// Most bytes that a thread copies which serves a queue and has more to do: having another thread do it takes less long.
 pub(crate) const SHORT: u32 = 64 * 1024;
 
+/// Most bytes that such a thread cuts off a file: the host's kernel gives them up page by page, a quarter of a millisecond for a million.
+const CUT: u64 = 1 << 20;
+
 /// Data is kept in pieces of that many bytes.
 const PAGE: u64 = 4096;
 
@@ -35,6 +38,11 @@ pub(super) struct Opened {
     pub(super) file: OwnedFd,
     pub(super) stat: Statx,
     pub(super) flags: u32,
+}
+
+/// Whether so much is to be cut off a file that others would wait for it.
+pub(super) fn takes_long(stat: &Statx, size: u64, io: Io<'_>) -> bool {
+    !io.patient && stat.stx_size.saturating_sub(size) > CUT
 }
 
 impl Share {
@@ -72,7 +80,7 @@ impl Share {
             // From now on the guest does not ask.
             return Err(Errno::NOSYS);
         }
-        let opened = self.open_file(thread, node, flags, more)?;
+        let Some(opened) = self.open_file(thread, node, (flags, more), io)? else { return Ok(Done::Slow) };
         io.answer(&self.register(node, opened)?)
     }
 
@@ -88,14 +96,24 @@ impl Share {
         Ok(self.tree.handles.keep(self.handle(node, file, &stat, OFlags::RDONLY)))
     }
 
-    pub(super) fn open_file(&self, thread: &mut Thread, node: u64, flags: u32, more: u32) -> Result<Opened, Errno> {
+    /// Opens a file, unless it is to be emptied and that takes long.
+    pub(super) fn open_file(
+        &self,
+        thread: &mut Thread,
+        node: u64,
+        (flags, more): (u32, u32),
+        io: Io<'_>,
+    ) -> Result<Option<Opened>, Errno> {
         let opened = self.open_regular(node, flags)?;
         if flags.cast_signed() & libc::O_TRUNC != 0 {
+            if takes_long(&opened.stat, 0, io) {
+                return Ok(None);
+            }
             self.drop_capability(&opened.file)?;
             let keep = self.agreed(init::HANDLE_KILLPRIV_V2) && more & flag::OPEN_KILL_SUIDGID == 0;
             thread.credentials.keeping_ids_if(keep, || ftruncate(&opened.file, 0))?;
         }
-        Ok(opened)
+        Ok(Some(opened))
     }
 
     fn open_regular(&self, node: u64, flags: u32) -> Result<Opened, Errno> {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::abi::init;
 use crate::fs::file::Opened;
-use crate::fs::{Io, Outcome, Share, Thread};
+use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::reply;
 use crate::request::{Label, Name, Request};
 use crate::sys;
@@ -134,13 +134,12 @@ impl Share {
         }
         let entry = self.enter(request.node, &dir, name)?;
         let node = node_of(&entry);
-        match self.open_file(thread, node, flags, 0) {
-            Ok(opened) => self.hand_out(&entry, opened, io),
-            Err(errno) => {
-                self.tree.forget(node, 1);
-                Err(errno)
-            }
+        let opened = self.open_file(thread, node, (flags, 0), io);
+        if let Ok(Some(opened)) = opened {
+            return self.hand_out(&entry, opened, io);
         }
+        self.tree.forget(node, 1);
+        opened.map(|_| Done::Slow)
     }
 
     /// The answer to a request that makes and opens a file.

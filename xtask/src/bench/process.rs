@@ -20,10 +20,15 @@ const WHOLE_LIMIT: Duration = Duration::from_secs(20);
 
 /// Runs a program to its end and gives what it wrote.
 pub(crate) fn told(command: &mut Command) -> Result<Vec<u8>> {
+    told_within(command, WHOLE_LIMIT)
+}
+
+/// The same of one that may take longer, or has to be faster.
+pub(crate) fn told_within(command: &mut Command, time: Duration) -> Result<Vec<u8>> {
     let name = command.get_program().to_string_lossy().into_owned();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().with_context(|| format!("Cannot start {name}"))?;
-    let limit = Limit::on(&child, WHOLE_LIMIT);
+    let limit = Limit::on(&child, time);
     let output = child.wait_with_output().with_context(|| format!("Cannot wait for {name}"))?;
     limit.kept(&name)?;
     if !output.status.success() {

@@ -3,7 +3,7 @@
 //! Upstream's virtiofsd has two ways, each better at something: one thread for all, or a pool. Both are measured, and the one that
 //! answers more is the peer of a row.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -19,7 +19,9 @@ const SECONDS: &str = "0.7";
 const RING: &str = "1024";
 
 /// Upstream's way that is fast when much is asked at once.
-const POOL: &str = "virtiofsd 1.13.2, pool of 4";
+pub(crate) const POOL: &str = "virtiofsd 1.13.2, pool of 4";
+/// The other one.
+pub(crate) const ONE_THREAD: &str = "virtiofsd 1.13.2, one thread";
 
 /// What is asked.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +39,7 @@ struct Case {
 
 /// Who is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
+pub(crate) enum Who {
     Ours,
     OneThread,
     Pool,
@@ -103,7 +105,7 @@ fn compare(bench: &Bench, case: Case) -> Result<Vec<Row>> {
     let median = |side: &Measured| super::table::Spread::of(side.rates.clone()).map_or(0.0, |spread| spread.median);
     let pooled = median(&pool) > median(&one);
     let half_of_pool = pool.half.clone();
-    let (theirs, mode) = if pooled { (pool, POOL) } else { (one, "virtiofsd 1.13.2, one thread") };
+    let (theirs, mode) = if pooled { (pool, POOL) } else { (one, ONE_THREAD) };
     let name = name(case);
     let mut rate = Row::new(name.clone(), "1000/s", mode).of(ours.rates, theirs.rates);
     if let Some(least) = case.target {
@@ -124,7 +126,7 @@ fn measure(bench: &Bench, tree: &Path, who: Who, case: Case, into: &mut Measured
     let folder = bench.dir.join("shared");
     std::fs::create_dir_all(&folder).context("Cannot make a directory to share")?;
     let socket = bench.socket();
-    let server = Running::listening(command(bench, tree, who, case, &folder, &socket), &socket)?;
+    let server = Running::listening(command(bench, tree, (who, case.queues), &folder, &socket), &socket)?;
     // Upstream's socket is there a moment before it listens.
     std::thread::sleep(std::time::Duration::from_millis(100));
     let before = server.busy();
@@ -145,10 +147,11 @@ fn measure(bench: &Bench, tree: &Path, who: Who, case: Case, into: &mut Measured
     Ok(())
 }
 
-fn command(bench: &Bench, tree: &Path, who: Who, case: Case, folder: &Path, socket: &PathBuf) -> Command {
+/// A server with so many queues, if it is ours. `tree` is where upstream's was unpacked.
+pub(crate) fn command(bench: &Bench, tree: &Path, (who, queues): (Who, u32), folder: &Path, socket: &Path) -> Command {
     let mut command = if who == Who::Ours {
         let mut command = Command::new(bench.program("outboard-virtiofsd"));
-        command.args(["--num-request-queues", &case.queues.to_string()]);
+        command.args(["--num-request-queues", &queues.to_string()]);
         command
     } else {
         let mut command = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));

@@ -3,15 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, linkat, open, openat, renameat_with};
-use rustix::io::Errno;
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use suite::run;
+use virtio::metrics::page;
 
 use super::mounted::{Mounted, can_mount, in_each_mode};
 
@@ -199,4 +200,34 @@ fn a_file_that_gets_its_first_name_late() {
         let number = format!("/proc/self/fd/{}", unnamed.as_raw_fd());
         assert_eq!(linkat(CWD, &number, CWD, mounted.seen.join("never"), AtFlags::SYMLINK_FOLLOW), Err(Errno::NOENT));
     });
+}
+
+/// The host's kernel takes a while over it, during which everybody else's requests would wait.
+#[test]
+fn another_thread_empties_a_large_file() {
+    if !can_mount("emptying a large file") {
+        return;
+    }
+    let counters = page::make().unwrap();
+    fcntl_setfd(&counters, FdFlags::empty()).unwrap();
+    let mut mounted = Mounted::ours(&["--metrics-fd", &counters.as_raw_fd().to_string()], &[]);
+    let handed_on = || {
+        let counted = page::read(counters.as_fd());
+        counted.iter().find(|one| one.name == "virtiofsd_handed_on").map_or(0, |one| one.values.iter().sum::<u64>())
+    };
+    for (size, more) in [(3 << 20, 1), (4096, 0)] {
+        let (here, there) = mounted.both(&format!("of-{size}"));
+        let ways: [(&str, &dyn Fn()); 2] = [
+            ("open", &|| drop(File::create(&here).unwrap())),
+            ("set_len", &|| OpenOptions::new().append(true).open(&here).unwrap().set_len(0).unwrap()),
+        ];
+        for (way, empty) in ways {
+            fs::write(&there, vec![7; size]).unwrap();
+            let before = handed_on();
+            empty();
+            assert_eq!(fs::metadata(&there).unwrap().len(), 0, "{way}");
+            assert_eq!(handed_on() - before, more, "{way} of {size} bytes");
+        }
+    }
+    mounted.unmount();
 }
