@@ -33,6 +33,7 @@ mod posix;
 mod programs;
 mod room;
 mod several;
+mod subordinate;
 mod watched;
 
 use mounted::{Mounted, can_mount, is_mounted, random, serve};
