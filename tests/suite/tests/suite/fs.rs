@@ -17,6 +17,7 @@ use suite::{Ended, Scratch, program, run, wait_for};
 
 mod attributes;
 mod contents;
+mod elsewhere;
 mod exercise;
 mod given;
 mod handles;
