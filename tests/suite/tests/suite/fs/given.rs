@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use suite::virtiofsd::Virtiofsd;
-use suite::{Scratch, program, run};
+use suite::virtiofsd::{Virtiofsd, Whose};
+use suite::{Scratch, disktools, program, run};
 
-use super::mounted::{Mounted, can_mount, in_each_mode};
+use super::mounted::{Mounted, can_mount, in_each_mode, serve};
 use super::owners::{NOBODY, USER, by, error, make_all, owner};
 
 /// Whoever starts the server may have a descriptor of the directory, and no path.
@@ -41,7 +42,7 @@ fn flags_of_files_and_directories() {
         let (here, there) = mounted.both("flagged");
         File::create(&there).unwrap();
         fs::create_dir(mounted.house.join("folder")).unwrap();
-        let tool = |name: &str, words: &[&str], path: &std::path::Path| run(Command::new(name).args(words).arg(path));
+        let tool = |name: &str, words: &[&str], path: &Path| run(Command::new(name).args(words).arg(path));
         if tool("chattr", &["+d"], &there).code != Some(0) {
             return println!("This file system has no flags.");
         }
@@ -170,5 +171,77 @@ fn a_mount_that_cannot_be_written_is_handed_in() {
         }
         mounted.unmount();
         assert_eq!(fs::read_to_string(mounted.house.join("file")).unwrap(), "content");
+    }
+}
+
+/// A file system with projects, until it is dropped.
+struct Projects(PathBuf);
+
+impl Projects {
+    /// Of the kinds that this host may have, the one whose projects need no more than the file system itself.
+    fn new(scratch: &Scratch) -> Option<Projects> {
+        let (image, folder) = (scratch.path("image"), scratch.path("house"));
+        File::create(&image).unwrap().set_len(320 << 20).unwrap();
+        fs::create_dir(&folder).unwrap();
+        let made = run(disktools::tool("mkfs.xfs").arg("-q").arg(&image));
+        assert_eq!(made.code, Some(0), "{}", made.err);
+        let mounted = run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&folder));
+        if mounted.code != Some(0) {
+            println!("skipped: projects of files need loop devices and XFS: {}", mounted.err);
+        }
+        (mounted.code == Some(0)).then_some(Projects(folder))
+    }
+}
+
+impl Drop for Projects {
+    fn drop(&mut self) {
+        let _unmounted = run(Command::new("umount").arg("-l").arg(&self.0));
+    }
+}
+
+/// Projects, by which file systems count what belongs together, are those of the file here: set on either side, inherited, and a border that no
+/// name crosses. Only root may set them, as on the host itself.
+#[test]
+fn projects_of_files() {
+    if !can_mount("projects of files") {
+        return;
+    }
+    for words in [&[][..], &["--cache", "always", "--writeback"], &["--owner-map", "me"]] {
+        let scratch = Scratch::new();
+        let Some(house) = Projects::new(&scratch) else { return };
+        let (server, _) = serve(Whose::Ours, &scratch, words);
+        let socket = server.socket.clone();
+        let mut mounted = Mounted::of(scratch, &socket, Some(server), &[]);
+        let (here, there) = mounted.both("project");
+        fs::create_dir(&here).unwrap();
+        let tool = |name: &str, words: &[&str], path: &Path| run(Command::new(name).args(words).arg(path));
+        let project = |path: &Path| {
+            let told = tool("lsattr", &["-d", "-p"], path);
+            assert_eq!(told.code, Some(0), "{}", told.err);
+            let mut told = told.out.split_whitespace();
+            (told.next().unwrap().parse::<u32>().unwrap(), told.next().unwrap().contains('P'))
+        };
+        assert_eq!((project(&here), project(&there)), ((0, false), (0, false)), "{words:?}");
+        let set = [tool("chattr", &["-p", "42"], &here), tool("chattr", &["+P"], &here)];
+        if words.contains(&"me") {
+            assert!(set.iter().all(|set| set.code != Some(0)) && project(&there) == (0, false), "{}", set[0].out);
+        } else {
+            assert!(set.iter().all(|set| set.code == Some(0)), "{}{}", set[0].err, set[1].err);
+            assert_eq!((project(&here), project(&there)), ((42, true), (42, true)), "{words:?}");
+            fs::write(here.join("file"), "inherits").unwrap();
+            fs::create_dir(here.join("folder")).unwrap();
+            assert_eq!([here.join("file"), there.join("file")].map(|path| project(&path)), [(42, false); 2]);
+            assert_eq!(project(&here.join("folder")), (42, true));
+            // Set on the host, and without a file that is open.
+            assert_eq!(tool("chattr", &["-p", "4294967294"], &there.join("file")).code, Some(0));
+            assert_eq!(project(&here.join("file")), (4_294_967_294, false));
+            fs::write(mounted.seen.join("outside"), "x").unwrap();
+            let linked = fs::hard_link(mounted.seen.join("outside"), here.join("inside"));
+            assert_eq!(error(linked), Some(libc::EXDEV));
+            let moved = run(Command::new("mv").arg(mounted.seen.join("outside")).arg(&here));
+            assert_eq!((moved.code, project(&there.join("outside"))), (Some(0), (42, false)), "{}", moved.err);
+        }
+        mounted.unmount();
+        drop(house);
     }
 }
