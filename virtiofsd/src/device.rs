@@ -61,7 +61,7 @@ impl Fs {
             };
             confined.spawn_prepared(role, name, move || prepare(several), begin)
         };
-        let jobs = Arc::new(Jobs::default());
+        let jobs = Arc::new(Jobs::new(config.pool));
         for index in 0..config.pool {
             let (jobs, share) = (Arc::clone(&jobs), Arc::clone(&share));
             start(pool, format!("slow{index}"), Box::new(move |thread| work(&jobs, &share, thread)))?;

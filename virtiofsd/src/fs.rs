@@ -4,7 +4,8 @@
 //! gives its length. Any thread may do so: what threads share is in the [`Tree`], what a thread needs for itself is its [`Thread`].
 //!
 //! A thread that serves a queue is impatient: a request that would have to wait for a disk, or for another machine, is not carried out but
-//! given back as [`Done::Slow`], for another thread to do.
+//! given back as [`Done::Slow`], for another thread to do. Of a file system that asks another machine, or another process, that is
+//! everything: a name there, too, is as far away as they are, and when they do not answer nobody comes back.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,8 +24,8 @@ use crate::magic::Magic;
 use crate::owner::Owners;
 use crate::reply::{Attr, Timeouts};
 use crate::request::{Dialect, Operation, Request};
-use crate::tree::Tree;
 use crate::tree::node::Kind;
+use crate::tree::{ROOT, Tree};
 use crate::waiting::Waiting;
 use crate::watch::Watch;
 use crate::xattrmap::XattrMap;
@@ -279,6 +280,9 @@ impl Share {
         if self.settings.read_only && changes(&request.operation) {
             return Err(Errno::ROFS);
         }
+        if !io.patient && self.waits_elsewhere(request) {
+            return Ok(Done::Slow);
+        }
         match request.operation {
             Operation::Init { major, minor, max_readahead, flags } => self.init(major, minor, max_readahead, flags, io),
             Operation::Destroy => self.destroy(),
@@ -327,6 +331,31 @@ impl Share {
             Operation::SetLock { handle, owner, lock, wait, flock } => self.set_lock((node, handle), owner, &lock, (wait, flock)),
             Operation::Interrupt { unique } => self.interrupt(unique),
         }
+    }
+
+    /// Whether a request may have to wait for another machine, or another process: all that is asked of a file system which asks them.
+    pub(crate) fn waits_elsewhere(&self, request: &Request<'_>) -> bool {
+        if !self.tree.mounts.any_slow() {
+            return false;
+        }
+        let other = match request.operation {
+            Operation::Init { .. }
+            | Operation::Destroy
+            | Operation::Forget { .. }
+            | Operation::BatchForget { .. }
+            | Operation::Interrupt { .. } => return false,
+            Operation::Lookup { name } if self.tree.leads_to_slow(request.node, Some(name)) => return true,
+            Operation::ReadDir { plus: true, .. } if self.tree.leads_to_slow(request.node, None) => return true,
+            Operation::Link { old, .. } => old,
+            Operation::Rename { to, .. } | Operation::CopyFileRange { to, .. } => to,
+            _ => request.node,
+        };
+        self.tree.is_slow(request.node) || (other != request.node && self.tree.is_slow(other))
+    }
+
+    /// Whether it does so while other requests of this share have to do with disks.
+    pub(crate) fn asks_others(&self, request: &Request<'_>) -> bool {
+        !self.tree.is_slow(ROOT) && self.waits_elsewhere(request)
     }
 
     /// What the guest is told about a file on the mount `mount` whose directory is on the mount `above`.

@@ -3,6 +3,9 @@
 //! The process has a few, for all its queues. A job is a whole request: the copy of its message, which is parsed anew, and the guest's
 //! memory for its data and its answer, which stays mapped with it. Its outcome goes to the box of the queue it came from, with a
 //! ring of that box's bell.
+//!
+//! Where another machine does not answer, whoever asks it waits for ever. So one of the threads, if there are several, is for the disks of this
+//! one alone.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,7 +18,7 @@ use rustix::io::Errno;
 use virtio::OwnedBuffer;
 use virtio::worker::Ticket;
 
-use crate::fs::{Io, Outcome, Share, Thread};
+use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::request::BoxedRequest;
 use crate::waiting::Waiting;
 
@@ -38,12 +41,19 @@ pub struct Job {
     message: BoxedRequest,
     data: OwnedBuffer,
     room: OwnedBuffer,
+    elsewhere: bool,
 }
 
 impl Job {
-    /// The request of this ticket.
-    pub fn new(ticket: Ticket, kind: Kind, message: BoxedRequest, data: OwnedBuffer, room: OwnedBuffer) -> Job {
-        Job { ticket, kind, message, data, room }
+    /// The request of this ticket, with its data and the room for its answer.
+    pub fn new(ticket: Ticket, kind: Kind, message: BoxedRequest, (data, room): (OwnedBuffer, OwnedBuffer)) -> Job {
+        Job { ticket, kind, message, data, room, elsewhere: false }
+    }
+
+    /// The same, which may have to wait for another machine, or another process.
+    #[must_use]
+    pub fn elsewhere(self, elsewhere: bool) -> Job {
+        Job { elsewhere, ..self }
     }
 }
 
@@ -63,6 +73,8 @@ pub struct Finished {
 pub(crate) struct Errand {
     job: Job,
     to: Arc<Outcomes>,
+    /// What [`Waiting::ends`] was when it was handed on.
+    pub(crate) ends: u64,
 }
 
 impl Errand {
@@ -80,7 +92,7 @@ impl Errand {
 
     /// Tells what became of it.
     pub(crate) fn finish(self, done: Outcome) {
-        let Errand { job: Job { ticket, kind, data, room, .. }, to } = self;
+        let Errand { job: Job { ticket, kind, data, room, .. }, to, .. } = self;
         // The memory goes before the news: who hears it may give the memory up.
         drop((data, room));
         locked(&to.list).push_back(Finished { ticket, kind, done });
@@ -89,10 +101,40 @@ impl Errand {
 }
 
 /// What there is to do.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Jobs {
-    list: Mutex<VecDeque<Errand>>,
+    list: Mutex<List>,
     more: Condvar,
+    /// Most threads that ask others.
+    most: u16,
+}
+
+#[derive(Debug, Default)]
+struct List {
+    waiting: VecDeque<Errand>,
+    /// Threads that ask others at the moment.
+    asking: u16,
+}
+
+impl Jobs {
+    /// For so many threads.
+    pub fn new(threads: u16) -> Jobs {
+        Jobs { list: Mutex::default(), more: Condvar::new(), most: threads.saturating_sub(1).max(1) }
+    }
+
+    /// The next one, when there is one that may begin.
+    fn next(&self) -> Errand {
+        let mut list = locked(&self.list);
+        loop {
+            let full = list.asking >= self.most;
+            let which = list.waiting.iter().position(|errand| !(full && errand.job.elsewhere));
+            if let Some(errand) = which.and_then(|which| list.waiting.remove(which)) {
+                list.asking = list.asking.saturating_add(errand.job.elsewhere.into());
+                return errand;
+            }
+            list = self.more.wait(list).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -116,16 +158,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Works for as long as the process lives.
 pub fn work(jobs: &Jobs, share: &Share, mut thread: Thread) {
     loop {
+        let errand = jobs.next();
+        let asked = u16::from(errand.job.elsewhere);
+        match errand.attempt(share, &mut thread) {
+            // Whether somebody has a lock there is known only now.
+            Ok(Done::Locked) => share.waiting.enter(errand),
+            done => errand.finish(done),
+        }
         let mut list = locked(&jobs.list);
-        let errand = loop {
-            match list.pop_front() {
-                Some(errand) => break errand,
-                None => list = jobs.more.wait(list).unwrap_or_else(PoisonError::into_inner),
-            }
-        };
-        drop(list);
-        let done = errand.attempt(share, &mut thread);
-        errand.finish(done);
+        list.asking = list.asking.saturating_sub(asked);
     }
 }
 
@@ -141,22 +182,22 @@ impl Pool {
     }
 
     /// Hands a request on.
-    pub fn submit(&mut self, job: Job) {
+    pub fn submit(&mut self, job: Job, waiting: &Waiting) {
         self.in_flight = self.in_flight.saturating_add(1);
-        let errand = self.errand(job);
-        locked(&self.jobs.list).push_back(errand);
+        let errand = self.errand(job, waiting);
+        locked(&self.jobs.list).waiting.push_back(errand);
         self.jobs.more.notify_one();
     }
 
     /// Has a request wait for a lock.
     pub fn wait_for_lock(&mut self, job: Job, waiting: &Waiting) {
-        let errand = self.errand(job);
+        let errand = self.errand(job, waiting);
         self.in_flight = self.in_flight.saturating_add(1);
         waiting.enter(errand);
     }
 
-    fn errand(&self, job: Job) -> Errand {
-        Errand { job, to: Arc::clone(&self.outcomes) }
+    fn errand(&self, job: Job, waiting: &Waiting) -> Errand {
+        Errand { job, to: Arc::clone(&self.outcomes), ends: waiting.ends() }
     }
 
     /// The next outcome there is.

@@ -59,7 +59,10 @@ impl FsQueue {
         // So much that others could do something meanwhile.
         self.copied |= copied(&request.operation) > SHORT;
         match done {
-            Ok(Done::Slow) => self.pool.submit(job(&request, &fetched, chain, attempt, began)),
+            Ok(Done::Slow) => {
+                let elsewhere = self.share.asks_others(&request);
+                self.pool.submit(job(&request, &fetched, chain, attempt, began).elsewhere(elsewhere), &self.share.waiting);
+            }
             Ok(Done::Locked) => self.pool.wait_for_lock(job(&request, &fetched, chain, attempt, began), &self.share.waiting),
             _ => {
                 let answered = answer(chain, request.unique, done);
@@ -84,7 +87,7 @@ fn job(request: &Request<'_>, fetched: &Fetched<'_>, chain: &Chain, attempt: &At
     metrics::HANDED_ON.add(1);
     let Io { data, room, .. } = io(&request.operation, chain, true);
     let kind = Kind { unique: request.unique, opcode: fetched.opcode(), began };
-    Job::new(attempt.ticket(), kind, fetched.boxed(), data.detached(), room.detached())
+    Job::new(attempt.ticket(), kind, fetched.boxed(), (data.detached(), room.detached()))
 }
 
 /// Where the data of a request is, and the room for its answer.

@@ -6,7 +6,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
@@ -30,6 +30,15 @@ struct XattrArgs {
 pub(crate) fn own_mask() -> Result<(), Errno> {
     // SAFETY: takes a number. What is not shared any more are properties of this thread that no memory depends on.
     check(unsafe { libc::unshare(libc::CLONE_FS) }.into()).map(drop)
+}
+
+/// Closes a descriptor, and gives what its file system has to say to that. It is closed in any case.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn close(file: OwnedFd) -> Result<(), Errno> {
+    // SAFETY: the descriptor was owned by nobody else, and is by nobody from here on.
+    check(unsafe { libc::close(file.into_raw_fd()) }.into()).map(drop)
 }
 
 /// Changes the permissions of what a descriptor refers to, also of one that was opened as a path only (Linux 6.6).

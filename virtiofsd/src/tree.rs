@@ -37,7 +37,7 @@ mod slots;
 use file_handle::FileHandle;
 use handle::Handles;
 use moved::Elsewhere;
-use node::{Identity, Kind, Mounts, Node};
+use node::{Identity, Kind, MAX_MOUNTS, Mounts, Node};
 use shard::{Nameless, Shard, hash};
 use slots::Key;
 
@@ -87,6 +87,8 @@ pub(crate) struct Tree {
     /// For the moment they are not: whoever asks may not open files by handles.
     by_name: AtomicBool,
     elsewhere: Elsewhere,
+    /// Where file systems that ask somebody else are mounted: the directory, and the name there.
+    slow_names: Mutex<Vec<(u64, Box<[u8]>)>>,
 }
 
 /// The share itself.
@@ -158,6 +160,7 @@ impl Tree {
             by_handle: None,
             by_name: AtomicBool::new(false),
             elsewhere: Elsewhere::default(),
+            slow_names: Mutex::default(),
         })
     }
 
@@ -349,6 +352,33 @@ impl Tree {
     /// The mount that an inode is on.
     pub(crate) fn mount(&self, id: u64) -> Result<u16, Errno> {
         self.with(id, |node| node.identity.mount).unwrap_or(Ok(self.root.mount))
+    }
+
+    /// Whether an inode's file system asks somebody else.
+    pub(crate) fn is_slow(&self, id: u64) -> bool {
+        self.mount(id).is_ok_and(|mount| self.mounts.get(mount).is_some_and(|mount| mount.slow))
+    }
+
+    /// Whether a name in a directory, or one of all of them, is that of a file system which asks somebody else: to look it up is to wait.
+    pub(crate) fn leads_to_slow(&self, dir: u64, name: Option<Name<'_>>) -> bool {
+        let is = |(known, own): &(u64, Box<[u8]>)| *known == dir && name.is_none_or(|name| **own == *name.as_c_str().to_bytes());
+        self.slow_names().iter().any(is)
+    }
+
+    /// It is. What is known of those that were found longest ago is forgotten when there are too many.
+    pub(crate) fn note_slow(&self, dir: u64, name: Name<'_>) {
+        if self.leads_to_slow(dir, Some(name)) {
+            return;
+        }
+        let mut names = self.slow_names();
+        if names.len() >= MAX_MOUNTS {
+            names.remove(0);
+        }
+        names.push((dir, name.as_c_str().to_bytes().into()));
+    }
+
+    fn slow_names(&self) -> MutexGuard<'_, Vec<(u64, Box<[u8]>)>> {
+        self.slow_names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How to come to an inode.

@@ -49,14 +49,21 @@ impl Waiting {
     /// A request waits from now on. If there is no room it is told so.
     pub(crate) fn enter(&self, errand: Errand) {
         let mut list = self.list();
-        if list.waiting.len() >= MOST {
+        // All were interrupted after this one was handed on.
+        let ended = list.ends != errand.ends;
+        if ended || list.waiting.len() >= MOST {
             drop(list);
-            return errand.finish(Err(Errno::NOLCK));
+            return errand.finish(Err(if ended { Errno::INTR } else { Errno::NOLCK }));
         }
         list.waiting.push(errand);
         list.changed = true;
         drop(list);
         self.news.notify_one();
+    }
+
+    /// How often all were interrupted.
+    pub(crate) fn ends(&self) -> u64 {
+        self.list().ends
     }
 
     /// A lock was given up.

@@ -16,6 +16,7 @@ use crate::fs::{Cache, Done, EMPTY, Io, Outcome, Share, Thread};
 use crate::metrics;
 use crate::reply;
 use crate::request::{Operation, Request};
+use crate::sys;
 use crate::tree::handle::Handle;
 use crate::tree::node::Kind;
 use crate::tree::{ROOT, look};
@@ -137,7 +138,7 @@ impl Share {
         let Opened { file, stat, flags } = opened;
         let asked = OFlags::from_bits_retain(flags);
         let direct = self.settings.allow_direct_io && asked.contains(OFlags::DIRECT);
-        let slow = self.is_slow(node);
+        let slow = self.tree.is_slow(node);
         let number = self.tree.handles.insert(self.handle(node, file, &stat, asked))?;
         Ok(reply::open(number, self.open_flags(direct, slow)))
     }
@@ -145,7 +146,7 @@ impl Share {
     /// A file that is open with these flags.
     pub(super) fn handle(&self, node: u64, file: OwnedFd, stat: &Statx, flags: OFlags) -> Handle {
         let direct = self.settings.allow_direct_io && flags.contains(OFlags::DIRECT);
-        let slow = self.is_slow(node) || direct || flags.intersects(OFlags::SYNC | OFlags::DSYNC);
+        let slow = self.tree.is_slow(node) || direct || flags.intersects(OFlags::SYNC | OFlags::DSYNC);
         let privileged = AtomicBool::new(u32::from(stat.stx_mode) & PRIVILEGED != 0);
         Handle { privileged, ..Handle::new(file, node, None, slow) }
     }
@@ -159,11 +160,6 @@ impl Share {
             _ => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
         };
         flush | cache
-    }
-
-    /// Whether the file system of an inode asks somebody else.
-    pub(super) fn is_slow(&self, node: u64) -> bool {
-        self.tree.mount(node).ok().and_then(|mount| self.tree.mounts.get(mount)).is_some_and(|mount| mount.slow)
     }
 
     pub(super) fn read(&self, (node, number): (u64, u64), offset: u64, size: u32, io: Io<'_>) -> Outcome {
@@ -249,8 +245,7 @@ impl Share {
             return Ok(Done::Slow);
         }
         // Some file systems tell what went wrong with a write only when a descriptor is closed.
-        let copy = rustix::io::fcntl_dupfd_cloexec(&handle.file, 3)?;
-        drop(copy);
+        sys::close(rustix::io::fcntl_dupfd_cloexec(&handle.file, 3)?)?;
         Ok(EMPTY)
     }
 

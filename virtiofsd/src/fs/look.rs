@@ -42,6 +42,9 @@ impl Share {
         if crossed && self.tree.resolve().contains(rustix::fs::ResolveFlags::NO_XDEV) {
             return Err(Errno::XDEV);
         }
+        if crossed && self.tree.mounts.get(found.identity.mount).is_some_and(|mount| mount.slow) {
+            self.tree.note_slow(found.parent, found.name);
+        }
         let node = self.tree.refer(found, here)?;
         Ok(reply::entry(node, 0, &self.attributes(stat, crossed), self.timeouts(found.parent, node)))
     }

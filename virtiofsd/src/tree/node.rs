@@ -1,6 +1,7 @@
 //! What is known of one inode, and of the mounts that inodes are on.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::Statx;
@@ -9,7 +10,7 @@ use rustix::io::Errno;
 use crate::tree::file_handle::FileHandle;
 
 /// Most mounts of a share. A share with more is served, without what lies on the others.
-const MAX_MOUNTS: usize = 256;
+pub(crate) const MAX_MOUNTS: usize = 256;
 
 /// Which inode a file of the host is. The number alone may be used again after the file is gone: the time of birth tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,11 +95,13 @@ pub(crate) struct Mount {
 pub(crate) struct Mounts {
     known: Box<[OnceLock<Mount>]>,
     adding: Mutex<()>,
+    /// One of them is slow.
+    slow: AtomicBool,
 }
 
 impl Mounts {
     pub(crate) fn new() -> Mounts {
-        Mounts { known: (0..MAX_MOUNTS).map(|_| OnceLock::new()).collect(), adding: Mutex::new(()) }
+        Mounts { known: (0..MAX_MOUNTS).map(|_| OnceLock::new()).collect(), adding: Mutex::new(()), slow: AtomicBool::new(false) }
     }
 
     /// The number of the mount that a file is on. `slow` is asked about one that was not met before.
@@ -114,7 +117,13 @@ impl Mounts {
         let free = self.known.iter().position(|mount| mount.get().is_none()).ok_or(Errno::NFILE)?;
         let mount = Mount { major: stat.stx_dev_major, minor: stat.stx_dev_minor, id: mount_id(stat), slow };
         let _only_we_set_it = self.known.get(free).ok_or(Errno::NFILE)?.set(mount);
+        self.slow.fetch_or(slow, Ordering::Relaxed);
         u16::try_from(free).map_err(|_| Errno::NFILE)
+    }
+
+    /// Whether one of them is slow.
+    pub(crate) fn any_slow(&self) -> bool {
+        self.slow.load(Ordering::Relaxed)
     }
 
     pub(crate) fn get(&self, number: u16) -> Option<Mount> {

@@ -17,6 +17,7 @@ use suite::{Ended, Scratch, program, run, wait_for};
 
 mod attributes;
 mod contents;
+mod elsewhere;
 mod exercise;
 mod given;
 mod handles;
@@ -35,6 +36,7 @@ mod programs;
 mod room;
 mod several;
 mod single;
+mod subordinate;
 mod watched;
 
 use mounted::{Mounted, can_mount, is_mounted, random, serve};

@@ -83,7 +83,7 @@ fn a_file_whose_writes_are_collected() {
 const COMMON: u64 = 12;
 
 /// What one of many does in a tree.
-struct Worker<'a> {
+pub(super) struct Worker<'a> {
     random: Random,
     top: &'a Path,
     /// Its own directory in it, and what is in there.
@@ -94,7 +94,7 @@ struct Worker<'a> {
 }
 
 /// What comes of several at once using the same names.
-const ALONE: &[i32] = &[
+pub(super) const ALONE: &[i32] = &[
     libc::ENOENT,
     libc::EEXIST,
     libc::ENOTEMPTY,
@@ -121,7 +121,7 @@ const WITH_THE_HOST: &[i32] = &[
 ];
 
 impl<'a> Worker<'a> {
-    fn new(seed: u64, top: &'a Path, name: &str, allowed: &'a [i32]) -> Worker<'a> {
+    pub(super) fn new(seed: u64, top: &'a Path, name: &str, allowed: &'a [i32]) -> Worker<'a> {
         let own = top.join(name);
         fs::create_dir(&own).unwrap();
         Worker { random: Random::new(seed), top, own, files: BTreeMap::new(), allowed }
@@ -135,7 +135,7 @@ impl<'a> Worker<'a> {
         random(self.one_of(limit), self.random.number())
     }
 
-    fn work(&mut self, steps: usize) {
+    pub(super) fn work(&mut self, steps: usize) {
         for step in 0..steps {
             self.with_its_own(step);
             if let Err(error) = self.with_what_all_use() {
@@ -254,7 +254,7 @@ fn tree(top: &Path) -> BTreeMap<PathBuf, String> {
     all
 }
 
-fn both_sides_agree(mounted: &Mounted) {
+pub(super) fn both_sides_agree(mounted: &Mounted) {
     run(Command::new("sync").arg("-f").arg(&mounted.seen));
     let (here, there) = (tree(&mounted.seen), tree(&mounted.house));
     let differ: Vec<_> = there

@@ -216,7 +216,7 @@ fn another_thread_empties_a_large_file() {
         counted.iter().find(|one| one.name == "virtiofsd_handed_on").map_or(0, |one| one.values.iter().sum::<u64>())
     };
     for (size, more) in [(3 << 20, 1), (4096, 0)] {
-        let (here, there) = mounted.both(&format!("of-{size}"));
+        let (here, there) = mounted.both(format!("of-{size}"));
         let ways: [(&str, &dyn Fn()); 2] = [
             ("open", &|| drop(File::create(&here).unwrap())),
             ("set_len", &|| OpenOptions::new().append(true).open(&here).unwrap().set_len(0).unwrap()),

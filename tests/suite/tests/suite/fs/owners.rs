@@ -14,11 +14,11 @@ use suite::{Ended, Scratch, program, run, status};
 use super::mounted::{Mounted, can_mount};
 
 /// Who shares.
-const USER: u32 = 1234;
+pub(super) const USER: u32 = 1234;
 
 /// Somebody else of the host, and what such a one is in a guest.
 const OTHER: u32 = 4321;
-const NOBODY: u32 = 65534;
+pub(super) const NOBODY: u32 = 65534;
 
 /// A directory of an ordinary user, who serves it, mounted by root.
 pub(super) fn of_a_user(words: &[&str]) -> Mounted {
@@ -42,18 +42,18 @@ pub(super) fn of_a_user(words: &[&str]) -> Mounted {
     Mounted::of(scratch, &socket, Some(server), &[])
 }
 
-fn owner(path: &Path) -> (u32, u32) {
+pub(super) fn owner(path: &Path) -> (u32, u32) {
     let about = fs::symlink_metadata(path).unwrap();
     (about.uid(), about.gid())
 }
 
 /// A command as another user of this machine.
-fn by(user: u32, words: &[&str], path: &Path) -> Ended {
+pub(super) fn by(user: u32, words: &[&str], path: &Path) -> Ended {
     let user = user.to_string();
     run(Command::new("setpriv").args(["--reuid", &user, "--regid", &user, "--clear-groups"]).args(words).arg(path))
 }
 
-fn error<T>(result: io::Result<T>) -> Option<i32> {
+pub(super) fn error<T>(result: io::Result<T>) -> Option<i32> {
     result.err().and_then(|error| error.raw_os_error())
 }
 
@@ -66,7 +66,7 @@ fn furnish(house: &Path) {
 }
 
 /// Makes one of each kind as whoever runs the test, which is root, and gives their paths.
-fn make_all(seen: &Path) -> io::Result<Vec<PathBuf>> {
+pub(super) fn make_all(seen: &Path) -> io::Result<Vec<PathBuf>> {
     let names = ["made", "made folder", "made link", "made pipe"].map(|name| seen.join(name));
     fs::write(&names[0], "x")?;
     fs::create_dir(&names[1])?;
