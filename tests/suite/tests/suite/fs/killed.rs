@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use suite::wait_for;
 
 use super::mounted::{Mounted, can_mount, random};
@@ -71,6 +71,15 @@ fn whatever_is_under_way_ends_in_an_error() {
     }
 }
 
+/// A signal reaches one thread after the other.
+fn all_stopped(pid: Pid) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task", pid = pid.as_raw_nonzero())).unwrap();
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap();
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+    })
+}
+
 /// A server that is stopped first: all these are under way for certain.
 #[test]
 fn whoever_waits_for_an_answer_gets_an_error() {
@@ -84,6 +93,7 @@ fn whoever_waits_for_an_answer_gets_an_error() {
     assert!(here.exists());
     let server = mounted.server.as_ref().unwrap().pid();
     kill_process(server, Signal::STOP).unwrap();
+    wait_for("all threads to stop", || all_stopped(server).then_some(()));
     let waiting: Vec<_> = (0..7)
         .map(|kind| {
             let folder = here.clone();
