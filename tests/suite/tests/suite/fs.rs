@@ -17,8 +17,8 @@ use suite::{Ended, Scratch, program, run, wait_for};
 
 mod attributes;
 mod contents;
-mod elsewhere;
 mod exercise;
+mod far;
 mod given;
 mod handles;
 mod killed;
