@@ -528,7 +528,7 @@ fn is_slow(file: &OwnedFd) -> bool {
         0x5346_414f,
         0x7375_7245,
         0x0bd0_0bd0,
-        0x2bad_1dea,
+        0x2003_0528,
     ];
     rustix::fs::fstatfs(file).is_ok_and(|about| SLOW.contains(&about.f_type.cast_unsigned()))
 }

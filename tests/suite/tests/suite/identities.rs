@@ -74,6 +74,8 @@ const NONE: &str = "0000000000000000";
 /// The confinement of every thread of it, with these capabilities.
 fn is_confined(evil: &Evil, capabilities: &str) {
     let worker = evil.worker();
+    // The thread that serves has spoken; the one that waits may still be on its way to its filter.
+    wait_for("the filter of the first thread", || (status(worker, "Seccomp") == "2").then_some(()));
     let tasks: Vec<u32> = std::fs::read_dir(format!("/proc/{worker}/task"))
         .unwrap()
         .map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap())
