@@ -336,9 +336,7 @@ impl Confined {
     /// # Errors
     /// What `body` returns.
     pub fn run<T>(self, body: impl FnOnce(BorrowedFd<'_>) -> Result<T>) -> Result<T> {
-        sandbox::leave_start_behind();
-        self.control.install()?;
-        body(self.stop.either.as_fd())
+        body(self.begin()?.either.as_fd())
     }
 
     /// Serves frontends: the connected one until it ends, or one after the other where the process listens. `each` serves

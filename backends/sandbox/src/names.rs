@@ -9,7 +9,8 @@ macro_rules! names {
 // Those that a policy of ours has, or had.
 names! {
     SYS_accept4 SYS_brk SYS_capget SYS_capset SYS_clock_gettime SYS_close SYS_copy_file_range SYS_dup SYS_eventfd2 SYS_exit
-    SYS_exit_group SYS_fanotify_mark SYS_fallocate SYS_fchmod SYS_fchmodat SYS_fchmodat2 SYS_fchown SYS_fchownat SYS_fcntl SYS_fdatasync
+    SYS_exit_group SYS_fallocate SYS_fanotify_mark SYS_fchmod SYS_fchmodat SYS_fchmodat2 SYS_fchown SYS_fchownat SYS_fcntl
+    SYS_fdatasync
     SYS_fgetxattr SYS_flistxattr SYS_flock SYS_fremovexattr SYS_fsetxattr SYS_fstat SYS_fstatfs SYS_fsync SYS_ftruncate
     SYS_futex SYS_getdents64 SYS_getpid SYS_getrandom SYS_gettid SYS_io_uring_enter SYS_ioctl SYS_linkat SYS_lseek SYS_madvise
     SYS_mkdirat SYS_mknodat SYS_mmap SYS_mprotect SYS_mremap SYS_munmap SYS_name_to_handle_at SYS_open_by_handle_at SYS_openat

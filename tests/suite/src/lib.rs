@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod card;
+pub mod counters;
 pub mod disktools;
 pub mod escape;
 pub mod fstools;

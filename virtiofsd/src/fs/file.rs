@@ -42,8 +42,8 @@ pub(super) struct Opened {
 }
 
 /// Whether so much is to be cut off a file that others would wait for it.
-pub(super) fn takes_long(stat: &Statx, size: u64, io: Io<'_>) -> bool {
-    !io.patient && stat.stx_size.saturating_sub(size) > CUT
+pub(super) fn takes_long(stat: &Statx, size: u64) -> bool {
+    stat.stx_size.saturating_sub(size) > CUT
 }
 
 impl Share {
@@ -107,7 +107,7 @@ impl Share {
     ) -> Result<Option<Opened>, Errno> {
         let opened = self.open_regular(node, flags)?;
         if flags.cast_signed() & libc::O_TRUNC != 0 {
-            if takes_long(&opened.stat, 0, io) {
+            if !io.patient && takes_long(&opened.stat, 0) {
                 return Ok(None);
             }
             self.drop_capability(&opened.file)?;

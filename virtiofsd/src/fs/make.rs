@@ -3,9 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, XattrFlags, fsetxattr, linkat, makedev, mkdirat, mknodat, openat2, symlinkat, unlinkat,
-};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, linkat, makedev, mkdirat, mknodat, openat2, symlinkat, unlinkat};
 use rustix::io::Errno;
 
 use crate::abi::init;
@@ -13,7 +11,6 @@ use crate::fs::file::Opened;
 use crate::fs::{Done, Io, Outcome, Share, Thread};
 use crate::reply;
 use crate::request::{Label, Name, Request};
-use crate::sys;
 use crate::tree::node::Kind;
 use crate::tree::{Found, look};
 use crate::xattrmap::Room;
@@ -70,8 +67,8 @@ impl Share {
         }
         let device = makedev((device & 0xf_ff00) >> 8, (device & 0xff) | ((device >> 12) & 0xf_ff00));
         mknodat(&dir, name.as_c_str(), kind, Mode::from_raw_mode(mode & MODE), device)?;
-        let plain = if kind == FileType::RegularFile { Kind::REGULAR } else { Kind::SYMLINK };
-        self.label_name(request, &dir, name, plain)?;
+        let kind = Kind::of(u16::try_from(kind.as_raw_mode()).unwrap_or_default());
+        self.label_name(request, &dir, name, kind)?;
         io.answer(&self.enter(request.node, &dir, name)?)
     }
 
@@ -189,13 +186,7 @@ impl Share {
         let Some(Label { name, value }) = request.label else { return Ok(()) };
         let mut room = [0; size_of::<Room>()];
         let name = self.xattr_name(name, &mut room)?;
-        let (magic, number) = self.magic.name(file.as_fd());
-        match sys::setxattrat(magic, number.as_c_str(), name, value, 0) {
-            // Before Linux 6.13: of what can be opened.
-            Err(Errno::NOSYS) if kind == Kind::SYMLINK => Err(Errno::OPNOTSUPP),
-            Err(Errno::NOSYS) => fsetxattr(self.magic.reopen(file.as_fd(), OFlags::RDONLY)?, name, value, XattrFlags::empty()),
-            labelled => labelled,
-        }
+        self.set_attribute(file, kind, (name, value), 0)
     }
 
     pub(super) fn link(&self, to: u64, old: u64, name: Name<'_>, io: Io<'_>) -> Outcome {

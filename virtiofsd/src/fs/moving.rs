@@ -33,6 +33,9 @@ use crate::tree::{Found, MAX_DEPTH, ROOT, look};
 /// Most bytes of a state: about five million inodes whose names have usual lengths.
 pub const MOST: usize = 256 << 20;
 
+/// What may be wrong with the numbers of inodes.
+const NUMBERS: &str = "the numbers of its inodes are none, or more than this server has (--max-inodes), or do not fit together";
+
 /// How much of what cannot move is told by name.
 const NAMED: usize = 8;
 
@@ -229,16 +232,12 @@ impl Share {
                     Err(Refused::Failed(why)) => why,
                     Err(Refused::Twice) => Errno::EXIST,
                     Err(Refused::Number) => {
-                        return Err(forged(
-                            "the numbers of its inodes are none, or more than this server has (--max-inodes), or do not fit together",
-                        ));
+                        return Err(forged(NUMBERS));
                     }
                 }
             };
             if inode.id == ROOT || !missing.insert(inode.id) {
-                return Err(forged(
-                    "the numbers of its inodes are none, or more than this server has (--max-inodes), or do not fit together",
-                ));
+                return Err(forged(NUMBERS));
             }
             lost.add(|| format!("{} is not the same here: {why}", quoted(inode.name.as_c_str().to_bytes())));
         }

@@ -37,13 +37,17 @@ impl Share {
     pub(super) fn set_xattr(&self, node: u64, name: &CStr, value: &[u8], flags: u32) -> Outcome {
         let mut room = [0; size_of::<Room>()];
         let name = self.xattr_name(name, &mut room)?;
-        let fd = self.tree.fd(node)?;
+        self.set_attribute(&*self.tree.fd(node)?, self.tree.kind(node)?, (name, value), flags)?;
+        Ok(EMPTY)
+    }
+
+    /// Sets an attribute of what is open, be it as a path only, by the host's name.
+    pub(super) fn set_attribute(&self, fd: &OwnedFd, kind: Kind, (name, value): (&CStr, &[u8]), flags: u32) -> Result<(), Errno> {
         let (dir, path) = self.magic.name(fd.as_fd());
         match sys::setxattrat(dir, path.as_c_str(), name, value, flags) {
-            Err(Errno::NOSYS) => fsetxattr(self.file_of(node)?, name, value, XattrFlags::from_bits_retain(flags))?,
-            set => set?,
+            Err(Errno::NOSYS) => fsetxattr(self.file_itself(fd, kind)?, name, value, XattrFlags::from_bits_retain(flags)),
+            set => set,
         }
-        Ok(EMPTY)
     }
 
     pub(super) fn get_xattr(&self, thread: &mut Thread, node: u64, name: &CStr, size: u32, io: Io<'_>) -> Outcome {
@@ -118,10 +122,14 @@ impl Share {
 
     /// The file itself: before Linux 6.13 there is no other way to the attributes of an inode, and none to those of other kinds.
     fn file_of(&self, node: u64) -> Result<OwnedFd, Errno> {
-        if !matches!(self.tree.kind(node)?, Kind::REGULAR | Kind::DIRECTORY) {
+        self.file_itself(&*self.tree.fd(node)?, self.tree.kind(node)?)
+    }
+
+    fn file_itself(&self, fd: &OwnedFd, kind: Kind) -> Result<OwnedFd, Errno> {
+        if !matches!(kind, Kind::REGULAR | Kind::DIRECTORY) {
             return Err(Errno::OPNOTSUPP);
         }
-        self.reopen(node, OFlags::RDONLY)
+        self.magic.reopen(fd.as_fd(), OFlags::RDONLY)
     }
 }
 

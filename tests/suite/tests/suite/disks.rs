@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
@@ -12,13 +11,12 @@ use std::time::{Duration, Instant};
 use probe::blk::{Disk, Kind, Status, range, verify};
 use probe::device::Shape;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::FdFlags;
 use serde_json::Value;
+use suite::counters::Counters;
 use suite::disktools::done;
 use suite::tracer::{Event, Filters, Tracer, argument, can_trace};
 use suite::{Scratch, Server};
 use vhost_user::session::BackendEvent;
-use virtio::metrics::page;
 
 use super::device::disk;
 
@@ -363,10 +361,8 @@ fn a_limited_disk_keeps_to_its_rate_and_is_freed_while_it_runs() {
 #[test]
 fn how_long_requests_take_is_in_the_metrics() {
     let scratch = Scratch::new();
-    let counters = page::make().unwrap();
-    rustix::io::fcntl_setfd(&counters, FdFlags::empty()).unwrap();
-    let number = counters.as_raw_fd().to_string();
-    let server = blk(&scratch, &["--metrics-fd", &number]);
+    let counters = Counters::new();
+    let server = blk(&scratch, &["--metrics-fd", &counters.fd()]);
     let mut disk = open(&server);
     for index in 0..10u64 {
         disk.write(index * 4096, &mut [1; 4096]).unwrap();
@@ -377,8 +373,7 @@ fn how_long_requests_take_is_in_the_metrics() {
     for _ in 0..3 {
         disk.flush().unwrap();
     }
-    let shown = page::read(counters.as_fd());
-    let values = |name: &str| shown.iter().find(|one| one.name == name).unwrap_or_else(|| panic!("{name}")).values.clone();
+    let values = |name| counters.values(name);
     assert_eq!((values("blk_writes"), values("blk_reads"), values("blk_flushes")), (vec![10], vec![7], vec![3]));
     assert_eq!((values("blk_written_bytes"), values("blk_read_bytes")), (vec![40960], vec![28672]));
     // The last value of a histogram is the sum of all times, the others are how many took how long.

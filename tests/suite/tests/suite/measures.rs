@@ -1,28 +1,24 @@
 //! What `outboard-probe blk bench` and `fs bench` say of a server is what it has done.
 
-use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
 
-use rustix::io::FdFlags;
+use suite::counters::Counters;
 use suite::{Scratch, Server, program, run};
-use virtio::metrics::page;
 
 /// Measures a disk of 8 MiB: what the probe says, and what the disk counted (reads, read bytes, writes, written bytes).
 fn measured(words: &[&str]) -> (serde_json::Value, [u64; 4]) {
     let scratch = Scratch::new();
     let image = scratch.image("disk.img", 8 << 20);
-    let counters = page::make().unwrap();
-    rustix::io::fcntl_setfd(&counters, FdFlags::empty()).unwrap();
-    let number = counters.as_raw_fd().to_string();
+    let counters = Counters::new();
+    let number = counters.fd();
     let disk = ["--format", "raw", "--blk-file", image.to_str().unwrap(), "--num-queues", "2", "--metrics-fd", &number];
     let server = Server::start("outboard-blk", &scratch, &disk);
     let mut probe = Command::new(program("outboard-probe"));
     probe.args(["blk", "bench", "--json", "--seconds", "0.05"]).args(words).arg(&server.socket);
     let ended = run(&mut probe);
     assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{words:?}");
-    let counted = page::read(counters.as_fd());
-    let value = |name| counted.iter().find(|one| one.name == name).map_or(0, |one| one.values.iter().sum());
-    (serde_json::from_str(&ended.out).unwrap(), ["blk_reads", "blk_read_bytes", "blk_writes", "blk_written_bytes"].map(value))
+    let counted = ["blk_reads", "blk_read_bytes", "blk_writes", "blk_written_bytes"].map(|name| counters.count(name));
+    (serde_json::from_str(&ended.out).unwrap(), counted)
 }
 
 #[test]
@@ -66,9 +62,8 @@ fn measured_share(options: &[&str], words: &[&str]) -> (serde_json::Value, [u64;
     let scratch = Scratch::new();
     let folder = scratch.path("shared");
     std::fs::create_dir(&folder).unwrap();
-    let counters = page::make().unwrap();
-    rustix::io::fcntl_setfd(&counters, FdFlags::empty()).unwrap();
-    let number = counters.as_raw_fd().to_string();
+    let counters = Counters::new();
+    let number = counters.fd();
     let mut shared = vec!["--shared-dir", folder.to_str().unwrap(), "--num-request-queues", "2", "--metrics-fd", &number];
     shared.extend(options);
     let server = Server::start("outboard-virtiofsd", &scratch, &shared);
@@ -76,9 +71,8 @@ fn measured_share(options: &[&str], words: &[&str]) -> (serde_json::Value, [u64;
     probe.args(["fs", "bench", "--json"]).args(words).arg(&server.socket);
     let ended = run(&mut probe);
     assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{words:?}");
-    let counted = page::read(counters.as_fd());
-    let value = |name| counted.iter().find(|one| one.name == name).map_or(0, |one| one.values.iter().sum());
-    (serde_json::from_str(&ended.out).unwrap(), ["virtiofsd_requests", "virtiofsd_limited"].map(value))
+    let counted = ["virtiofsd_requests", "virtiofsd_limited"].map(|name| counters.count(name));
+    (serde_json::from_str(&ended.out).unwrap(), counted)
 }
 
 #[test]

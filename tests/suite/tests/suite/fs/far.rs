@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::IntoRawFd;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -12,35 +12,15 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::Errno;
 use rustix::process::Signal;
+use suite::counters::Counters;
 use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Scratch, program, run};
-use virtio::metrics::page;
 
 use super::exercise::{ALONE, Worker, both_sides_agree};
 use super::mounted::{Mounted, can_mount, serve};
 use super::use_it;
-
-/// What counts for a server.
-struct Counters(OwnedFd);
-
-impl Counters {
-    fn new() -> Counters {
-        let page = page::make().unwrap();
-        fcntl_setfd(&page, FdFlags::empty()).unwrap();
-        Counters(page)
-    }
-
-    fn fd(&self) -> String {
-        self.0.as_raw_fd().to_string()
-    }
-
-    fn handed_on(&self) -> u64 {
-        let counted = page::read(self.0.as_fd());
-        counted.iter().find(|one| one.name == "virtiofsd_handed_on").map_or(0, |one| one.values.iter().sum())
-    }
-}
 
 /// A server of what is seen of another one, whose files are in `below.house`.
 fn above(below: &Mounted, words: &[&str]) -> Mounted {
@@ -65,7 +45,7 @@ fn everything_works_through_two_servers() {
         println!("{words:?} over {below:?}");
         let below = Mounted::ours(below, &[]);
         let mut mounted = above(&below, &[&["--metrics-fd", &counters.fd()], words].concat());
-        let before = counters.handed_on();
+        let before = counters.count("virtiofsd_handed_on");
         if !words.contains(&"--writeback") {
             use_it(&below.house, &mounted.seen, 3);
         }
@@ -77,7 +57,7 @@ fn everything_works_through_two_servers() {
             }
         });
         both_sides_agree(&mounted);
-        assert!(counters.handed_on() > before + 500, "others have done it");
+        assert!(counters.count("virtiofsd_handed_on") > before + 500, "others have done it");
         if words.contains(&"host") {
             kept_out(&mounted.seen.join("locked"), &below.house.join("locked"));
         }

@@ -8,6 +8,7 @@ use std::process::Command;
 use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Scratch, disktools, program, run};
 
+use super::mapped::map;
 use super::mounted::{Mounted, can_mount, in_each_mode, serve};
 use super::owners::{NOBODY, USER, by, error, make_all, owner};
 
@@ -59,24 +60,6 @@ fn flags_of_files_and_directories() {
     });
 }
 
-/// Takes a copy of a directory's mount, gives it other owners, and perhaps makes it read-only; then the server starts with that copy alone.
-/// The map is that of a user namespace, of which there has to be a process for the moment.
-const MAPPED: &str = r#"
-my ($house, $users, $read_only, @server) = @ARGV;
-my $nothing = "";
-pipe(my $made, my $tell); pipe(my $done, my $end);
-my $child = fork() // die;
-if (!$child) { syscall(272, 0x10000000) == 0 or die "unshare: $!"; syswrite $tell, "x"; close $end; sysread $done, my $x, 1; exit }
-close $tell; close $done; sysread $made, my $x, 1;
-for my $kind ("uid", "gid") { open my $map, ">", "/proc/$child/${kind}_map" or die; syswrite $map, $users or die "$kind: $!" }
-open my $namespace, "<", "/proc/$child/ns/user" or die;
-my $mount = syscall(428, -100, $house, 1); $mount >= 0 or die "open_tree: $!";
-my $attributes = pack("QQQQ", 0x100000 | $read_only, 0, 0, fileno $namespace);
-syscall(442, $mount, $nothing, 0x1000, $attributes, 32) == 0 or die "mount_setattr: $!";
-close $end; waitpid $child, 0;
-exec @server, "--shared-fd", $mount or die;
-"#;
-
 /// A server of a new directory as a detached mount: user 1234 of this host is root there, and 2000 to 2009 are 1000 to 1009.
 fn mapped(read_only: bool, words: &[&str]) -> Mounted {
     let scratch = Scratch::new();
@@ -84,9 +67,9 @@ fn mapped(read_only: bool, words: &[&str]) -> Mounted {
     fs::create_dir(&house).unwrap();
     chown(&house, Some(USER), Some(USER)).unwrap();
     fs::set_permissions(&house, PermissionsExt::from_mode(0o777)).unwrap();
-    let mut command = Command::new("perl");
-    let map = format!("{USER} 0 1\n2000 1000 10\n");
-    command.args(["-e", MAPPED]).arg(&house).arg(map).arg(if read_only { "1" } else { "0" });
+    // The server starts with that copy alone.
+    let serve = r#"exec @rest, "--shared-fd", $mount or die"#;
+    let mut command = map(&house, &format!("{USER} 0 1\n2000 1000 10\n"), read_only, serve);
     command.arg(program("outboard-virtiofsd")).args(words);
     let server = Virtiofsd::launch_ours(command, scratch.path("fs.sock"));
     let socket = server.socket.clone();

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use suite::wait_for;
+use suite::{status, wait_for};
 
 use super::mounted::{Mounted, can_mount, random};
 
@@ -74,10 +74,8 @@ fn whatever_is_under_way_ends_in_an_error() {
 /// A signal reaches one thread after the other.
 fn all_stopped(pid: Pid) -> bool {
     let threads = fs::read_dir(format!("/proc/{pid}/task", pid = pid.as_raw_nonzero())).unwrap();
-    threads.flatten().all(|thread| {
-        let stat = fs::read_to_string(thread.path().join("stat")).unwrap();
-        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
-    })
+    let number = |thread: fs::DirEntry| thread.file_name().to_str().unwrap().parse().unwrap();
+    threads.flatten().all(|thread| status(number(thread), "State").starts_with('T'))
 }
 
 /// A server that is stopped first: all these are under way for certain.

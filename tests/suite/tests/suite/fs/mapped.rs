@@ -3,15 +3,16 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
 use std::process::Command;
 
 use suite::run;
 
 use super::mounted::{Mounted, can_mount};
 
-/// Attaches a copy of a mount elsewhere, with ids mapped: those of a user namespace, of which there has to be a process for the moment.
+/// Takes a copy of the mount at a path and maps its ids, as a user namespace does, of which there has to be a process for the moment.
 const MAP: &str = r#"
-my ($from, $to, $users) = @ARGV;
+my ($from, $users, $read_only, @rest) = @ARGV;
 my $nothing = "";
 pipe(my $made, my $tell); pipe(my $done, my $end);
 my $child = fork() // die;
@@ -20,11 +21,18 @@ close $tell; close $done; sysread $made, my $x, 1;
 for my $kind ("uid", "gid") { open my $map, ">", "/proc/$child/${kind}_map" or die; syswrite $map, $users or die "$kind: $!" }
 open my $namespace, "<", "/proc/$child/ns/user" or die;
 my $mount = syscall(428, -100, $from, 1); $mount >= 0 or die "open_tree: $!";
-my $attributes = pack("QQQQ", 0x100000, 0, 0, fileno $namespace);
+my $attributes = pack("QQQQ", 0x100000 | $read_only, 0, 0, fileno $namespace);
 syscall(442, $mount, $nothing, 0x1000, $attributes, 32) == 0 or die "mount_setattr: $!";
-syscall(429, $mount, $nothing, -100, $to, 4) == 0 or die "move_mount: $!";
 close $end; waitpid $child, 0;
 "#;
+
+/// A command that maps the ids of what is mounted at `from`, perhaps makes it read-only, and does `then` (perl) with `$mount`, which is attached
+/// nowhere; its further arguments are `@rest`.
+pub(super) fn map(from: &Path, users: &str, read_only: bool, then: &str) -> Command {
+    let mut command = Command::new("perl");
+    command.args(["-e", &format!("{MAP}{then};")]).arg(from).args([users, if read_only { "1" } else { "0" }]);
+    command
+}
 
 /// Somebody who is root behind the mount.
 const USER: u32 = 1000;
@@ -43,8 +51,8 @@ fn a_guest_that_maps_ids_itself() {
             fs::write(mounted.house.join(name), name).unwrap();
             chown(mounted.house.join(name), Some(user), Some(user)).unwrap();
         }
-        let map = format!("0 {USER} 1\n");
-        let attached = run(Command::new("perl").args(["-e", MAP]).arg(&mounted.seen).arg(&mapped).arg(map));
+        let attach = r#"syscall(429, $mount, $nothing, -100, $rest[0], 4) == 0 or die "move_mount: $!""#;
+        let attached = run(map(&mounted.seen, &format!("0 {USER} 1\n"), false, attach).arg(&mapped));
         assert_eq!(attached.code, Some(0), "{}", attached.err);
         let owner = |name: &str| fs::metadata(mapped.join(name)).map(|about| (about.uid(), about.gid())).unwrap();
         let own = |name: &str| fs::metadata(mounted.house.join(name)).map(|about| (about.uid(), about.gid())).unwrap();

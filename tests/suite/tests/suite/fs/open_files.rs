@@ -3,16 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, linkat, open, openat, renameat_with};
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::Errno;
+use suite::counters::Counters;
 use suite::run;
-use virtio::metrics::page;
 
 use super::mounted::{Mounted, can_mount, in_each_mode};
 
@@ -208,13 +208,9 @@ fn another_thread_empties_a_large_file() {
     if !can_mount("emptying a large file") {
         return;
     }
-    let counters = page::make().unwrap();
-    fcntl_setfd(&counters, FdFlags::empty()).unwrap();
-    let mut mounted = Mounted::ours(&["--metrics-fd", &counters.as_raw_fd().to_string()], &[]);
-    let handed_on = || {
-        let counted = page::read(counters.as_fd());
-        counted.iter().find(|one| one.name == "virtiofsd_handed_on").map_or(0, |one| one.values.iter().sum::<u64>())
-    };
+    let counters = Counters::new();
+    let mut mounted = Mounted::ours(&["--metrics-fd", &counters.fd()], &[]);
+    let handed_on = || counters.count("virtiofsd_handed_on");
     for (size, more) in [(3 << 20, 1), (4096, 0)] {
         let (here, there) = mounted.both(format!("of-{size}"));
         let ways: [(&str, &dyn Fn()); 2] = [

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -11,12 +10,11 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
-use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::geteuid;
 use serde_json::Value;
+use suite::counters::Counters;
 use suite::virtiofsd::{Virtiofsd, Whose};
 use suite::{Scratch, Server, program, run};
-use virtio::metrics::page;
 
 use super::mounted::{Mounted, can_mount, serve};
 
@@ -101,14 +99,9 @@ fn files_that_are_only_read_and_kept_need_not_be_opened() {
         return;
     }
     const FILES: usize = 200;
-    let counters = page::make().unwrap();
-    fcntl_setfd(&counters, FdFlags::empty()).unwrap();
-    let number = counters.as_raw_fd().to_string();
-    let mut mounted = Mounted::ours(&["--readonly", "--cache", "always", "--metrics-fd", &number], &[]);
-    let requests = || {
-        let counted = page::read(counters.as_fd());
-        counted.iter().find(|one| one.name == "virtiofsd_requests").map_or(0, |one| one.values.iter().sum::<u64>())
-    };
+    let counters = Counters::new();
+    let mut mounted = Mounted::ours(&["--readonly", "--cache", "always", "--metrics-fd", &counters.fd()], &[]);
+    let requests = || counters.count("virtiofsd_requests");
     let content = |number: usize| format!("{number} ").repeat(1 + number).into_bytes();
     for number in 0..FILES {
         fs::write(mounted.house.join(number.to_string()), content(number)).unwrap();
